@@ -1,0 +1,1 @@
+"""gradleak measures what a federated-learning server can reconstruct from client updates."""
