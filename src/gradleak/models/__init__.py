@@ -1,0 +1,69 @@
+"""Networks that clients train: five built in, and the user's own by `module:factory`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from gradleak.errors import InvalidInput, nearest
+from gradleak.models.convnet import convnet
+from gradleak.models.factory import Factory, check_outputs, user_factory
+from gradleak.models.lenet import lenet, lenet_tiny
+from gradleak.models.mlp import mlp
+from gradleak.models.resnet import resnet18
+from gradleak.models.seeding import seeded
+from gradleak.types import DataSpec
+
+__all__ = ["MODELS", "ModelAbout", "build"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAbout:
+    """What a reader needs to know about a built-in network."""
+
+    id: str
+    title: str
+    factory: Factory
+    batch_norm: bool = False
+
+
+MODELS: dict[str, ModelAbout] = {
+    about.id: about
+    for about in (
+        ModelAbout("mlp", "One hidden layer of 128 ReLU units", mlp),
+        ModelAbout("lenet", "DLG's LeNet: sigmoids, weights U(-0.5, 0.5)", lenet),
+        ModelAbout("lenet-tiny", "Two sigmoid convolutions for 8x8 digits", lenet_tiny),
+        ModelAbout("convnet", "Four ReLU convolutions without batch normalisation", convnet),
+        ModelAbout(
+            "resnet18", "ResNet-18 with a 3x3 stem for small images", resnet18, batch_norm=True
+        ),
+    )
+}
+
+
+def build(name: str, spec: DataSpec, *, seed: int) -> nn.Module:
+    """Build the network called `name` for data of form `spec`.
+
+    Args:
+        name: an identifier of `MODELS`, or `package.module:factory` for the user's own network.
+        spec: form of the data; the network maps (b, *spec.shape) to (b, spec.classes) logits.
+        seed: fixes the initial weights; torch's global random state is left as it was.
+
+    Raises:
+        InvalidInput: unknown name, or a network that does not fit the data.
+    """
+    if name in MODELS:
+        if spec.modality != "image":
+            raise InvalidInput(f"model {name!r} takes images: the data are {spec.modality}")
+        with seeded(seed):
+            return MODELS[name].factory(spec)
+    if ":" not in name:
+        raise InvalidInput(f"unknown model {name!r}: {nearest(name, [*MODELS, 'module:factory'])}")
+    if name.partition(":")[0] in MODELS:
+        raise InvalidInput(f"model {name!r}: {name.partition(':')[0]!r} has no fields")
+    factory = user_factory(name)
+    with seeded(seed):
+        model = factory(spec)
+        check_outputs(model, spec, name=name)
+    return model
