@@ -1,0 +1,181 @@
+"""Intervals that cover at the sample sizes of an audit, with the client as the unit.
+
+The images of one client share an update, a model state and a failure; only clients are
+independent. Every interval here therefore counts clients, and treats a client's images as one
+observation between 0 and 1 (rates) or as their mean (distances).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from gradleak.errors import InvalidInput
+
+Clusters = Sequence[Sequence[float]]
+"""The values of each client."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A confidence interval, two-sided with equal tails."""
+
+    low: float
+    high: float
+    confidence: float
+
+
+def _check_rate(successes: float, n: float, confidence: float) -> None:
+    if not (n >= 0 and 0 <= successes <= n and 0 < confidence < 1):
+        raise InvalidInput(
+            f"rate of {successes} in {n} at confidence {confidence}: "
+            "expected 0 <= successes <= n and 0 < confidence < 1"
+        )
+
+
+def wilson(successes: float, n: float, *, confidence: float = 0.95) -> Interval:
+    """Score interval of a rate: covers on average over rates, less near 0 and 1 at small n.
+
+    Source: Wilson 1927; Brown, Cai and DasGupta 2001, equation 4.
+    """
+    _check_rate(successes, n, confidence)
+    if n == 0:
+        return Interval(0.0, 1.0, confidence)
+    z = float(stats.norm.isf((1 - confidence) / 2))
+    rate = successes / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == n else min(1.0, centre + half)
+    return Interval(low, high, confidence)
+
+
+def clopper_pearson(successes: float, n: float, *, confidence: float = 0.95) -> Interval:
+    """Exact interval of a rate: covers at least `confidence` at every rate and every n.
+
+    Source: Clopper and Pearson 1934.
+    """
+    _check_rate(successes, n, confidence)
+    tail = (1 - confidence) / 2
+    low = float(stats.beta.ppf(tail, successes, n - successes + 1)) if successes > 0 else 0.0
+    high = float(stats.beta.isf(tail, successes + 1, n - successes)) if successes < n else 1.0
+    return Interval(low, high, confidence)
+
+
+def client_means(values: Clusters) -> NDArray[np.float64]:
+    """Mean of each client that has a value, (clients,)."""
+    means = np.array([float(np.mean(v)) for v in values if len(v)])
+    if not len(means):
+        raise InvalidInput("no client has a value: expected at least one")
+    return means
+
+
+def clustered_rate(values: Clusters, *, confidence: float = 0.95) -> Interval:
+    """Interval of a share of images, one client counting as one observation.
+
+    Clopper–Pearson on the sum of client means among C clients. A client's mean lies in [0, 1]
+    and varies at most as a coin of the same rate does, so the interval is exact when a client's
+    images stand and fall together (or b = 1) and conservative otherwise.
+    """
+    means = client_means(values)
+    return clopper_pearson(min(float(means.sum()), len(means)), len(means), confidence=confidence)
+
+
+def clustered_mean(
+    values: Clusters,
+    *,
+    confidence: float = 0.95,
+    limits: tuple[float, float] = (-math.inf, math.inf),
+) -> Interval:
+    """Student's t interval of the mean over C client means, cut to the possible range.
+
+    Chosen over the percentile bootstrap, which at 8 clients covers about 89 % where it says
+    95 %. It covers for bell-shaped, uniform and evenly bimodal client means. Where a rare kind
+    of client (one in ten) did not occur in the sample, no interval from so few clients can know
+    of it: read the rates and quantiles beside a mean.
+
+    Args:
+        values: the values of each client.
+        confidence: nominal coverage.
+        limits: smallest and largest possible mean; the answer for a single client.
+
+    Source: Student 1908; clustering by means as in Donner and Klar 2000, chapter 7.
+    """
+    means = client_means(values)
+    low, high = limits
+    if len(means) > 1:
+        spread = float(means.std(ddof=1)) / math.sqrt(len(means))
+        half = float(stats.t.isf((1 - confidence) / 2, len(means) - 1)) * spread
+        centre = float(means.mean())
+        low, high = max(low, centre - half), min(high, centre + half)
+    return Interval(low, high, confidence)
+
+
+def median_interval(values: Clusters, *, confidence: float = 0.95) -> Interval:
+    """Distribution-free interval of the median client mean, from order statistics.
+
+    The r-th smallest and r-th largest of C means enclose the median with probability
+    1 − 2 P(Binomial(C, 1/2) < r); r is the largest that keeps `confidence`. With fewer than
+    6 clients (at 95 %) there is no such r and the interval is unbounded.
+
+    Source: Thompson 1936.
+    """
+    means = np.sort(client_means(values))
+    rank = int(stats.binom.ppf((1 - confidence) / 2, len(means), 0.5))
+    if rank < 1:
+        return Interval(-math.inf, math.inf, confidence)
+    return Interval(float(means[rank - 1]), float(means[-rank]), confidence)
+
+
+def _paired(first: Clusters, second: Clusters) -> NDArray[np.float64]:
+    if len(first) != len(second):
+        raise InvalidInput(f"{len(first)} and {len(second)} clients: expected the same clients")
+    difference: NDArray[np.float64] = client_means(first) - client_means(second)
+    return difference
+
+
+def paired_difference(first: Clusters, second: Clusters, *, confidence: float = 0.95) -> Interval:
+    """Student's t interval of the mean difference first − second over the same clients."""
+    difference = _paired(first, second)
+    return clustered_mean([[float(d)] for d in difference], confidence=confidence)
+
+
+def sign_test(first: Clusters, second: Clusters) -> float:
+    """One-sided exact p-value that `first` exceeds `second` more often than the reverse.
+
+    Clients on which both agree say nothing. For one image per client and rates this is
+    McNemar's exact test.
+    """
+    difference = _paired(first, second)
+    wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+    return float(stats.binom.sf(wins - 1, wins + losses, 0.5)) if wins + losses else 1.0
+
+
+def excess_risk(attack: float, control: float) -> float:
+    """Share of what the control left unsolved that the attack solves: (a − c) / (1 − c).
+
+    Never below −1, which is also its value where the control solves what the attack does not.
+
+    Source: Giomi, Boenisch, Wehmeyer and Tasnádi 2023, equation 4.
+    """
+    if control >= 1:
+        return 0.0 if attack >= 1 else -1.0
+    return max(-1.0, (attack - control) / (1 - control))
+
+
+def excess_risk_interval(
+    attack: Clusters, control: Clusters, *, confidence: float = 0.95
+) -> Interval:
+    """Interval of the excess risk that covers at least `confidence`, however the two depend.
+
+    The excess grows with the attack's rate and falls with the control's, so its ends are taken
+    at the ends of two Clopper–Pearson intervals that share the error between them (Bonferroni).
+    """
+    each = (1 + confidence) / 2
+    a, c = clustered_rate(attack, confidence=each), clustered_rate(control, confidence=each)
+    return Interval(excess_risk(a.low, c.high), excess_risk(a.high, c.low), confidence)
