@@ -13,9 +13,21 @@ from gradleak.models.lenet import lenet, lenet_tiny
 from gradleak.models.mlp import mlp
 from gradleak.models.resnet import resnet18
 from gradleak.models.seeding import seeded
+from gradleak.models.training import STAGES, accuracy, stage_steps, train
+from gradleak.models.weights import load_weights, save_weights
 from gradleak.types import DataSpec
 
-__all__ = ["MODELS", "ModelAbout", "build"]
+__all__ = [
+    "MODELS",
+    "STAGES",
+    "ModelAbout",
+    "accuracy",
+    "build",
+    "load_weights",
+    "save_weights",
+    "stage_steps",
+    "train",
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradleak.data.files import one_line
 from gradleak.errors import InvalidInput, nearest
 from gradleak.types import DataSpec
 
@@ -111,9 +112,3 @@ def check_outputs(model: nn.Module, spec: DataSpec, *, name: str) -> None:
         raise InvalidInput(f"model {name!r} returns {got} for a batch of two: {wanted}")
     if not bool(outputs.isfinite().all()):
         raise InvalidInput(f"model {name!r} returns non-finite outputs at initialisation")
-
-
-def one_line(error: BaseException) -> str:
-    """Return the first line of an error's message, at most 160 characters."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else "no message"
