@@ -6,9 +6,11 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from gradleak.errors import InvalidInput, nearest
+
+T = TypeVar("T")
 
 
 def split_spec(spec: str) -> tuple[str, dict[str, str]]:
@@ -25,7 +27,7 @@ def split_spec(spec: str) -> tuple[str, dict[str, str]]:
     return name.strip(), fields
 
 
-def build[T](kind: str, spec: str, known: Mapping[str, type[T]]) -> T:
+def build(kind: str, spec: str, known: Mapping[str, type[T]]) -> T:
     """Build the dataclass named by `spec` from `known`, converting its fields by their types.
 
     Raises:

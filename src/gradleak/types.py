@@ -182,9 +182,7 @@ class Mechanism(Protocol):
         """Whether `sample` equals `mean` for every generator."""
         ...
 
-    def sample(
-        self, state: ModelState, batch: Batch, *, generator: torch.Generator
-    ) -> Update:
+    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
         """Draw what the client really sends."""
         ...
 
@@ -196,8 +194,17 @@ class Mechanism(Protocol):
         """
         ...
 
-    def mean_given(self, received: Update, state: ModelState, batch: Batch) -> Update:
-        """`mean`, given whatever side information `received` shows openly (e.g. a support)."""
+    def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
+        """What `received` should have been if the client's batch were `batch`; differentiable.
+
+        The mean, sharpened by what `received` shows openly (the support a sparsifier kept, say).
+        Equals `received` for a deterministic mechanism at the true batch. Where `mean` has no
+        form this is a plug-in approximation, good enough to search with.
+        """
+        ...
+
+    def as_gradient(self, update: Update, *, batch_size: int) -> Update:
+        """The average gradient that `update` amounts to (a delta divided by −lr · steps)."""
         ...
 
     def log_prob(self, update: Update, state: ModelState, batch: Batch) -> Tensor:

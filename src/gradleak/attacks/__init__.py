@@ -1,0 +1,100 @@
+"""Attacks: Observation -> Reconstruction. Nothing here may import who knows the truth."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gradleak.attacks import closed_form, recipes
+from gradleak.attacks.parts.objective import Engine
+from gradleak.attacks.recipe import Recipe
+from gradleak.registry import build as _build
+from gradleak.seeding import target_generator
+from gradleak.types import About, Attack, Observation, Reconstruction
+
+
+def _discover() -> dict[str, type[Any]]:
+    """Every class with its own `about` in a file of `recipes` or `closed_form`, by id."""
+    found: dict[str, type[Any]] = {}
+    for package in (closed_form, recipes):
+        for entry in pkgutil.iter_modules(package.__path__):
+            module = importlib.import_module(f"{package.__name__}.{entry.name}")
+            for _, thing in inspect.getmembers(module, inspect.isclass):
+                about = thing.__dict__.get("about")
+                if isinstance(about, About) and thing.__module__ == module.__name__:
+                    found[about.id] = thing
+    return dict(sorted(found.items()))
+
+
+ATTACKS: dict[str, type[Any]] = _discover()
+globals().update({attack.__name__: attack for attack in ATTACKS.values()})
+
+
+def build(spec: str) -> Attack:
+    """Build an attack from "id:field=value,..."."""
+    attack: Attack = _build("attack", spec, ATTACKS)
+    return attack
+
+
+def attack_all(
+    attack: Attack,
+    observations: Sequence[Observation],
+    *,
+    seed: int = 0,
+    engine: Engine = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Reconstruction]:
+    """Run one attack over many observations, vectorised where they share a broadcast state.
+
+    The i-th starts exactly where the attack alone would start on the i-th observation with
+    `gradleak.seeding.target_generator(seed, i)`.
+
+    Args:
+        attack: any attack.
+        observations: one per target.
+        seed: of the attacker's randomness.
+        engine: how trials run together; "auto" measures.
+        progress: called with (targets done, targets in all).
+
+    Raises:
+        NotApplicable: an observation lacks what the attack needs.
+    """
+    claims: dict[int, Reconstruction] = {}
+    for group in _groups(observations) if isinstance(attack, Recipe) else []:
+        seen = [observations[i] for i in group]
+        generators = [target_generator(seed, i) for i in group]
+        found = attack.on_group(seen, generators=generators, engine=engine)
+        claims.update(zip(group, found, strict=True))
+        if progress:
+            progress(len(claims), len(observations))
+    for i, observation in enumerate(observations):
+        if i not in claims:
+            claims[i] = attack(observation, generator=target_generator(seed, i))
+            if progress:
+                progress(len(claims), len(observations))
+    return [claims[i] for i in range(len(observations))]
+
+
+def _groups(observations: Sequence[Observation]) -> list[list[int]]:
+    """Indices of observations that share state, belief, data and granted facts."""
+    groups: list[tuple[Observation, list[int]]] = []
+    for i, o in enumerate(observations):
+        for first, members in groups:
+            if (
+                o.state is first.state
+                and o.mechanism == first.mechanism
+                and o.data == first.data
+                and o.knowledge.batch_size == first.knowledge.batch_size
+                and (o.knowledge.bn_statistics is None) == (first.knowledge.bn_statistics is None)
+            ):
+                members.append(i)
+                break
+        else:
+            groups.append((o, [i]))
+    return [members for _, members in groups]
+
+
+__all__ = ["ATTACKS", "attack_all", "build", *(a.__name__ for a in ATTACKS.values())]

@@ -1,0 +1,130 @@
+"""The input of a first linear layer with bias, exactly (Phong et al., 2017; Geiping et al., 2020)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gradleak.attacks.parts.labels import known_or_recovered
+from gradleak.attacks.parts.needs import require
+from gradleak.errors import NotApplicable
+from gradleak.mechanisms.client import template
+from gradleak.types import About, Batch, DataSpec, Fact, ModelState, Observation, Reconstruction
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """x = (∂L/∂W_j) / (∂L/∂b_j) for any unit j of a first linear layer that is active.
+
+    With z = W h + b and one example, ∂L/∂W = δ hᵀ and ∂L/∂b = δ, whatever follows the layer. An
+    honest server divides; h is the flattened image after an elementwise affine normalisation,
+    which is undone. Local training on one example scales both alike, so a delta works as well.
+
+        h = Σ_j δ_j ∂L/∂W_j / Σ_j δ_j²          (over the coordinates that left the client)
+        x = (h − h(0)) / (h(1) − h(0))
+
+    Exact for one example; `no_solution` for several, without a bias, or behind another layer.
+    """
+
+    about: ClassVar[About] = About(
+        id="linear-layer",
+        title="Closed form of a first linear layer",
+        paper="Phong et al., Privacy-Preserving Deep Learning: Revisited and Enhanced, ATIS 2017; "
+        "Geiping et al., NeurIPS 2020, Prop. 3.1",
+        link="https://arxiv.org/abs/2003.14053",
+        modalities=frozenset({"image", "tabular"}),
+        needs=frozenset({Fact.BATCH_SIZE}),
+        deviations=(
+            "least squares over all units (published: one unit), the same without noise",
+            "coordinates that a sparsifier dropped are left out of the sums",
+        ),
+    )
+
+    def __call__(self, seen: Observation, *, generator: torch.Generator) -> Reconstruction:
+        require(self.about, seen)
+        size = seen.knowledge.batch_size or 1
+        blank = torch.full((size, *seen.data.shape), sum(seen.data.bounds) / 2)
+        nothing = Batch(blank, torch.zeros(size, dtype=torch.int64))
+
+        def no_solution(why: str) -> Reconstruction:
+            return Reconstruction(nothing, math.nan, "no_solution", message=why)
+
+        if size != 1:
+            return no_solution(f"the ratio is exact for one example, the batch has {size}")
+        first = _first_linear(seen.state, seen.data)
+        if isinstance(first, str):
+            return no_solution(first)
+        name, undo = first
+        weight = seen.update.values[f"{name}.weight" if name else "weight"].double()
+        bias = seen.update.values[f"{name}.bias" if name else "bias"].double()[:, None]
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            return no_solution("the first layer's gradient holds non-finite values")
+        used = (weight != 0) & (bias != 0)
+        energy = (bias**2 * used).sum(0)
+        if not energy.any():
+            return no_solution("the first layer's gradient is zero: no unit is active")
+        hidden = (bias * weight * used).sum(0) / energy.masked_fill(energy == 0, 1.0)
+        x = undo(hidden).clamp(*seen.data.bounds)
+        try:
+            labels = known_or_recovered(seen).cpu()
+        except NotApplicable:
+            labels = nothing.labels
+        return Reconstruction(Batch(x[None].cpu(), labels), math.nan, "solved")
+
+    def objective(self, seen: Observation) -> Callable[[Batch], float]:
+        """A closed form minimises nothing: nan everywhere."""
+        return lambda batch: math.nan
+
+
+def _first_linear(
+    state: ModelState, data: DataSpec
+) -> tuple[str, Callable[[Tensor], Tensor]] | str:
+    """Name of the first linear layer and the way from its input back to x, or why there is none."""
+    model = template(state.model, "eval").to(torch.float64)
+    fixed = {k: v.double() if v.is_floating_point() else v for k, v in state.buffers.items()}
+    params = {k: v.double() for k, v in state.params.items()}
+    calls: list[tuple[str, nn.Module, Tensor]] = []
+
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda layer, arguments: calls.append((name, layer, arguments[0].detach()))
+
+    handles = [
+        layer.register_forward_pre_hook(recorder(name))
+        for name, layer in model.named_modules()
+        if any(True for _ in layer.parameters(recurse=False))
+    ]
+    low, high = data.bounds
+    stream = torch.Generator().manual_seed(0)
+    probe = low + (high - low) * torch.rand((1, *data.shape), generator=stream, dtype=torch.float64)
+    try:
+        seen_by_layer = []
+        for x in (torch.full_like(probe, low), torch.full_like(probe, high), probe):
+            calls.clear()
+            torch.func.functional_call(model, (params, fixed), (x,))
+            seen_by_layer.append(calls[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    name, layer, _ = seen_by_layer[0]
+    if not isinstance(layer, nn.Linear):
+        return f"the first layer {name!r} is {type(layer).__name__}, not linear"
+    if layer.bias is None:
+        return f"the first layer {name!r} has no bias: scale and sign of its input stay unknown"
+    at_low, at_high, at_probe = (h.flatten() for _, _, h in seen_by_layer)
+    width = at_high - at_low
+    if at_low.numel() != probe.numel() or bool((width == 0).any()):
+        return f"the first layer {name!r} does not see every input entry"
+    share = (at_probe - at_low) / width
+    if not torch.allclose(low + (high - low) * share, probe.flatten(), rtol=0, atol=1e-9):
+        return f"the input of the first layer {name!r} is not an affine image of the data"
+
+    def undo(hidden: Tensor) -> Tensor:
+        scaled = (hidden - at_low.to(hidden)) / width.to(hidden)
+        return (low + (high - low) * scaled).reshape(data.shape)
+
+    return name, undo

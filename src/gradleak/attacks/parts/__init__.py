@@ -1,0 +1,1 @@
+"""What gradient-inversion attacks are made of."""

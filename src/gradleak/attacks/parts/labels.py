@@ -1,0 +1,82 @@
+"""Label recovery from the gradient of the classification head.
+
+With mean cross-entropy, ∂L/∂b_c = (1/B) Σ_i (p_ic − [y_i = c]): a class that is present pulls its
+entry below zero. Without a head bias the row sums of ∂L/∂W serve, given non-negative features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradleak.errors import NotApplicable
+from gradleak.types import Observation
+
+
+def head_signal(seen: Observation) -> Tensor:
+    """Per-class signal (classes,): head bias gradient, or row sums of the head's weight gradient.
+
+    Raises:
+        NotApplicable: the last parameters are not those of a classification head.
+    """
+    size = seen.knowledge.batch_size or 1
+    gradient = seen.mechanism.as_gradient(seen.update, batch_size=size).values
+    names = list(gradient)
+    for name in reversed(names[-2:]):
+        value = gradient[name]
+        if value.shape[0] == seen.data.classes and value.ndim <= 2:
+            bias_is_silent = value.ndim == 1 and not value.any()
+            if not bias_is_silent:
+                return value.double() if value.ndim == 1 else value.double().sum(1)
+    raise NotApplicable(
+        f"label recovery: the last parameter {names[-1]!r} is not a head of "
+        f"{seen.data.classes} classes"
+    )
+
+
+def idlg(seen: Observation) -> Tensor:
+    """The one class whose head signal is negative (Zhao et al., 2020, Eq. 4).
+
+    Returns:
+        (1,) int64.
+
+    Raises:
+        NotApplicable: the batch holds more than one example, where the rule does not apply.
+    """
+    if (seen.knowledge.batch_size or 1) != 1:
+        raise NotApplicable("idlg labels: the rule holds for one example, the batch has more")
+    return head_signal(seen).argmin()[None]
+
+
+def sign_counts(seen: Observation) -> Tensor:
+    """Labels of a batch by signs, then by repeated removal of 1/B from the most negative class.
+
+    Exact for the number of each class where predictions are near uniform (an untrained network).
+
+    Returns:
+        (b,) int64, ascending.
+
+    Raises:
+        NotApplicable: the batch size is unknown, or there is no classification head.
+    """
+    size = seen.knowledge.batch_size
+    if size is None:
+        raise NotApplicable("label counts need the batch size, which is not granted")
+    signal = head_signal(seen).clone()
+    if signal.abs().sum() == 0:
+        raise NotApplicable("label counts: the head's gradient is zero")
+    head_has_bias = seen.update.values[list(seen.update.values)[-1]].ndim == 1
+    step = 1 / size if head_has_bias else float(-signal[signal < 0].sum()) / size
+    found = []
+    for _ in range(size):
+        label = int(signal.argmin())
+        found.append(label)
+        signal[label] += step
+    return torch.tensor(sorted(found), dtype=torch.int64)
+
+
+def known_or_recovered(seen: Observation) -> Tensor:
+    """The labels granted, else those of `idlg` (one example) or `sign_counts`: (b,) int64."""
+    if seen.knowledge.labels is not None:
+        return seen.knowledge.labels
+    return idlg(seen) if seen.knowledge.batch_size == 1 else sign_counts(seen)

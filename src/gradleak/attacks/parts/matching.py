@@ -1,0 +1,72 @@
+"""Update matching: how far the update a claim would cause is from the one received."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradleak.attacks.parts.distances import Distance
+from gradleak.errors import InvalidInput
+from gradleak.types import Batch, Observation, Update, cast
+
+
+class Matching:
+    """D(predicted update of the claim, update received), for many trials at once.
+
+    All observations share one broadcast state and one believed mechanism; each trial is matched
+    against the update of its own target.
+
+    Args:
+        seen: one observation per target.
+        distance: D.
+        dtype: precision of the comparison.
+    """
+
+    def __init__(self, seen: Sequence[Observation], distance: Distance, *, dtype: torch.dtype):
+        first = seen[0]
+        if any(o.state is not first.state or o.mechanism != first.mechanism for o in seen):
+            raise InvalidInput("observations differ in state or mechanism: expected one of each")
+        self.state = first.state.to(dtype)
+        self.mechanism = first.mechanism
+        self.distance = distance
+        self.dtype = dtype
+        self.received = [cast(o.update.values, dtype) for o in seen]
+        self._stacked: tuple[tuple[int, ...], dict[str, Tensor]] = ((), {})
+
+    @property
+    def parameters(self) -> int:
+        """Number of coordinates of an update."""
+        return sum(p.numel() for p in self.state.params.values())
+
+    def one(self, inputs: Tensor, labels: Tensor, received: dict[str, Tensor]) -> Tensor:
+        """Distance of one trial; inputs (b, *shape), labels (b,) or (b, classes)."""
+        update = Update(received, self.mechanism.kind)
+        predicted = self.mechanism.predict(update, self.state, Batch(inputs, labels))
+        return self.distance(predicted.values, received)
+
+    def __call__(self, inputs: Tensor, labels: Tensor, targets: Sequence[int]) -> Tensor:
+        """Distances of several trials in one vectorised program.
+
+        Args:
+            inputs: (trials, b, *shape).
+            labels: (trials, b) int64 or (trials, b, classes).
+            targets: target of each trial.
+
+        Returns:
+            (trials,), differentiable in inputs and soft labels.
+        """
+        if len(targets) == 1:
+            return self.one(inputs[0], labels[0], self.received[targets[0]])[None]
+        key = tuple(targets)
+        if self._stacked[0] != key:
+            names = self.state.params
+            stacked = {n: torch.stack([self.received[t][n] for t in targets]) for n in names}
+            self._stacked = (key, stacked)
+        return torch.func.vmap(self.one)(inputs, labels, self._stacked[1])
+
+    def norm(self, target: int) -> float:
+        """L2 norm of the update received from `target`."""
+        squares = [float((v.double() ** 2).sum()) for v in self.received[target].values()]
+        return sum(squares) ** 0.5

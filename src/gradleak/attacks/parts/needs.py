@@ -1,0 +1,29 @@
+"""Whether an observation grants what an attack needs."""
+
+from __future__ import annotations
+
+from gradleak.errors import NotApplicable
+from gradleak.types import About, Fact, Observation
+
+
+def require(about: About, seen: Observation) -> None:
+    """Check modality, server behaviour and granted facts.
+
+    Raises:
+        NotApplicable: says what is missing.
+    """
+    if seen.data.modality not in about.modalities:
+        expected = ", ".join(sorted(about.modalities))
+        raise NotApplicable(f"{about.id} attacks {expected}, the data are {seen.data.modality}")
+    if about.server == "malicious" and seen.server != "malicious":
+        raise NotApplicable(
+            f"{about.id} needs a malicious server, the threat model has an honest one"
+        )
+    granted = {
+        Fact.BATCH_SIZE: seen.knowledge.batch_size is not None,
+        Fact.LABELS: seen.knowledge.labels is not None,
+        Fact.BN_STATISTICS: seen.knowledge.bn_statistics is not None,
+    }
+    missing = sorted(str(fact) for fact in about.needs if not granted.get(fact, True))
+    if missing:
+        raise NotApplicable(f"{about.id} needs {', '.join(missing)}: not granted")

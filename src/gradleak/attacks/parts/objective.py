@@ -1,0 +1,110 @@
+"""The objective of a search: unknowns, fit and penalties behind one door, value and gradient.
+
+Trials run as one vectorised program ("vmap") or one after the other ("loop"), whichever a short
+measurement finds cheaper for the model at hand; the numbers are the same up to rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradleak.attacks.parts.matching import Matching
+from gradleak.attacks.parts.penalties import Penalty
+from gradleak.attacks.parts.unknowns import Images, Variables
+from gradleak.types import Batch
+
+Engine = Literal["auto", "vmap", "loop"]
+
+_STACKED_COORDINATES = 100_000_000
+_ADVANTAGE = 1.1
+
+
+@dataclass(frozen=True)
+class Objective:
+    """fit(claim) + Σ weight · penalty(claim), for the trials of several targets.
+
+    Attributes:
+        unknown: what is varied.
+        fit: update matching.
+        penalties: (weight, penalty) pairs.
+        targets: target of every trial.
+        engine: how several trials are evaluated; "auto" must be settled by `calibrated` first.
+    """
+
+    unknown: Images
+    fit: Matching
+    penalties: tuple[tuple[float, Penalty], ...] = ()
+    targets: tuple[int, ...] = (0,)
+    engine: Engine = "loop"
+
+    def values(self, variables: Variables, targets: Sequence[int]) -> Tensor:
+        """Objective of several trials (trials,), differentiable in the variables."""
+        inputs, labels = self.unknown.decode(variables, targets)
+        total = self.fit(inputs, labels, targets)
+        for weight, penalty in self.penalties:
+            total = total + weight * penalty(inputs, targets)
+        return total
+
+    def value_and_gradient(
+        self, variables: Variables, trials: Sequence[int]
+    ) -> tuple[Tensor, Variables]:
+        """Objective (len(trials),) and its gradient at the variables of `trials`.
+
+        Args:
+            variables: rows of the given trials only, in the same order.
+            trials: which trials these are.
+        """
+        chunk = 1 if self.engine == "loop" else self.trials_at_once
+        values, gradients = [], []
+        for begin in range(0, len(trials), chunk):
+            rows = slice(begin, begin + chunk)
+            leaves = {k: v[rows].detach().requires_grad_() for k, v in variables.items()}
+            value = self.values(leaves, [self.targets[t] for t in trials[rows]])
+            grads = torch.autograd.grad(value.sum(), list(leaves.values()))
+            values.append(value.detach())
+            gradients.append(grads)
+        joined = [torch.cat(parts) for parts in zip(*gradients, strict=True)]
+        return torch.cat(values), dict(zip(variables, joined, strict=True))
+
+    @property
+    def trials_at_once(self) -> int:
+        """Trials that fit one vectorised program in memory."""
+        return max(1, _STACKED_COORDINATES // self.fit.parameters)
+
+    def at(self, batch: Batch, *, target: int = 0) -> float:
+        """The objective at a batch somebody supplies, for the target's update."""
+        inputs, labels = batch.inputs.to(self.fit.dtype), batch.labels
+        if labels.is_floating_point():
+            labels = labels.to(self.fit.dtype)
+        with torch.no_grad():
+            total = self.fit(inputs[None], labels[None], [target])
+            for weight, penalty in self.penalties:
+                total = total + weight * penalty(inputs[None], [target])
+        return float(total)
+
+
+def calibrated(objective: Objective, variables: Variables) -> Engine:
+    """Measure which engine is cheaper per trial, in CPU seconds, on these very variables."""
+    trials = list(range(len(objective.targets)))
+    if len(trials) == 1 or objective.trials_at_once == 1:
+        return "loop"
+    from dataclasses import replace
+
+    def seconds(engine: Engine, count: int) -> float:
+        candidate = replace(objective, engine=engine)
+        rows = {k: v[:count] for k, v in variables.items()}
+        spent = []
+        for _ in range(3):
+            before = time.process_time()
+            candidate.value_and_gradient(rows, trials[:count])
+            spent.append(time.process_time() - before)
+        return min(spent) / count
+
+    together = seconds("vmap", min(len(trials), objective.trials_at_once))
+    return "vmap" if together * _ADVANTAGE < seconds("loop", min(2, len(trials))) else "loop"

@@ -1,0 +1,59 @@
+"""Penalties that make claims look like data.
+
+Each maps inputs (trials, b, *shape) and the target of every trial to (trials,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gradleak.mechanisms.client import batch_norm_statistics
+from gradleak.types import ModelState
+
+Penalty = Callable[[Tensor, Sequence[int]], Tensor]
+
+
+def total_variation(inputs: Tensor, targets: Sequence[int] = ()) -> Tensor:
+    """mean |∂_h x| + mean |∂_w x| (anisotropic, Geiping et al., NeurIPS 2020); 0 on constants.
+
+    Args:
+        inputs: (trials, b, channels, height, width).
+        targets: unused.
+    """
+    down = (inputs[..., 1:, :] - inputs[..., :-1, :]).abs()
+    across = (inputs[..., :, 1:] - inputs[..., :, :-1]).abs()
+    return down.flatten(1).mean(1) + across.flatten(1).mean(1)
+
+
+def squared_norm(inputs: Tensor, targets: Sequence[int] = ()) -> Tensor:
+    """mean x²; 0 at zero."""
+    return (inputs**2).flatten(1).mean(1)
+
+
+def batch_norm_penalty(
+    state: ModelState, statistics: Sequence[Mapping[str, tuple[Tensor, Tensor]]]
+) -> Penalty:
+    """Σ_l ‖μ_l(x) − μ_l*‖₂ + ‖σ²_l(x) − σ²_l*‖₂ (Yin et al., CVPR 2021, Eq. 10).
+
+    Args:
+        state: broadcast state, in the precision of the search.
+        statistics: per target, (mean, biased variance) of every batch-normalisation layer.
+    """
+
+    def penalty(inputs: Tensor, targets: Sequence[int]) -> Tensor:
+        terms = []
+        for claim, target in zip(inputs, targets, strict=True):
+            found = batch_norm_statistics(state, claim)
+            wanted = statistics[target]
+            gaps = [
+                torch.linalg.vector_norm(mean - wanted[k][0].to(mean))
+                + torch.linalg.vector_norm(variance - wanted[k][1].to(variance))
+                for k, (mean, variance) in found.items()
+            ]
+            terms.append(torch.stack(gaps).sum())
+        return torch.stack(terms)
+
+    return penalty

@@ -1,0 +1,105 @@
+"""The outline every gradient-inversion recipe fills in: compose an objective, search, choose."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+
+from gradleak.attacks.parts.needs import require
+from gradleak.attacks.parts.objective import Engine, Objective, calibrated
+from gradleak.attacks.parts.search import Search
+from gradleak.attacks.parts.unknowns import Variables
+from gradleak.types import About, Batch, Observation, Reconstruction
+
+
+class Recipe(ABC):
+    """A paper's composition of unknown, fit, penalties and search.
+
+    A recipe attacks several targets that share a broadcast state in one vectorised program; one
+    observation is the special case.
+    """
+
+    about: ClassVar[About]
+    budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Fields to override for the audit budgets "quick" and "thorough"."""
+
+    restarts: int
+
+    @abstractmethod
+    def compose(self, seen: Sequence[Observation]) -> Objective:
+        """The objective, for observations that share a state; trial axis and engine unset."""
+
+    @abstractmethod
+    def search(self, objective: Objective, start: Variables) -> Search:
+        """Minimise the objective from `start`."""
+
+    def __call__(self, seen: Observation, *, generator: torch.Generator) -> Reconstruction:
+        return self.on_group([seen], generators=[generator])[0]
+
+    def on_group(
+        self,
+        seen: Sequence[Observation],
+        *,
+        generators: Sequence[torch.Generator],
+        engine: Engine = "auto",
+    ) -> list[Reconstruction]:
+        """Attack every observation; the i-th starts as it would alone with `generators[i]`.
+
+        Raises:
+            NotApplicable: a needed fact, modality or structure is missing.
+        """
+        for observation in seen:
+            require(self.about, observation)
+        objective = self.compose(seen)
+        starts = [
+            objective.unknown.start(generator, restarts=self.restarts) for generator in generators
+        ]
+        start = {k: torch.cat([s[k] for s in starts]) for k in starts[0]}
+        targets = tuple(i for i in range(len(seen)) for _ in range(self.restarts))
+        objective = replace(objective, targets=targets, engine=engine)
+        if engine == "auto":
+            objective = replace(objective, engine=calibrated(objective, start))
+        return _choose(objective, self.search(objective, start), len(seen))
+
+    def settle_engine(self, seen: Sequence[Observation]) -> Engine:
+        """Measure which engine suits these observations, without attacking them."""
+        objective = self.compose(seen)
+        stream = torch.Generator().manual_seed(0)
+        start = objective.unknown.start(stream, restarts=self.restarts * len(seen))
+        targets = tuple(i for i in range(len(seen)) for _ in range(self.restarts))
+        return calibrated(replace(objective, targets=targets), start)
+
+    def objective(self, seen: Observation) -> Callable[[Batch], float]:
+        """The attack's own objective as a function of any claim (an auditor passes the truth)."""
+        return self.compose([seen]).at
+
+    def fit(self, seen: Observation) -> Callable[[Batch], float]:
+        """The matching term of the objective alone: 0 at the truth of a noiseless update."""
+        return replace(self.compose([seen]), penalties=()).at
+
+
+def _choose(objective: Objective, found: Search, count: int) -> list[Reconstruction]:
+    """Per target, the trial with the lowest objective."""
+    inputs, labels = objective.unknown.decode(found.variables, objective.targets)
+    low, high = objective.unknown.spec.bounds
+    claims = []
+    for target in range(count):
+        trials = [t for t, owner in enumerate(objective.targets) if owner == target]
+        best = min(trials, key=lambda t: float(found.values[t]))
+        batch = Batch(inputs[best].detach().clamp(low, high).cpu(), labels[best].detach().cpu())
+        claims.append(
+            Reconstruction(
+                batch=batch,
+                objective=float(found.values[best]),
+                status=found.status[best],
+                message=f"best of {len(trials)} restarts" if len(trials) > 1 else "",
+                evaluations=sum(found.evaluations[t] for t in trials),
+                history=tuple(found.history[best]),
+                engine=str(objective.engine),
+            )
+        )
+    return claims

@@ -1,0 +1,1 @@
+"""Attacks by optimisation: one paper a file, composed from the shared parts."""

@@ -1,0 +1,88 @@
+"""Inverting Gradients (Geiping, Bauermeister, Dröge & Moeller, NeurIPS 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from gradleak.attacks.parts.distances import cosine
+from gradleak.attacks.parts.labels import known_or_recovered
+from gradleak.attacks.parts.matching import Matching
+from gradleak.attacks.parts.objective import Objective
+from gradleak.attacks.parts.penalties import Penalty, batch_norm_penalty, total_variation
+from gradleak.attacks.parts.search import Search, adam
+from gradleak.attacks.parts.unknowns import Images, Variables
+from gradleak.attacks.recipe import Recipe
+from gradleak.types import About, Fact, Observation
+
+
+@dataclass(frozen=True)
+class InvertingGradients(Recipe):
+    """min over x in the box of 1 − cos(∇ℓ(f(x), y), u) + α · TV(x), by Adam on signs.
+
+    An honest server matches the direction of the update and not its length, which a trained
+    network makes small, and asks for a piecewise smooth image.
+
+        x ~ N(centre of the box, a quarter of its width)
+        repeat: g = sign(∂/∂x [1 − cos + α TV]); Adam step, rate ÷ 10 at 3/8, 5/8, 7/8; clip to box
+        keep the iterate with the lowest objective
+
+    Args:
+        steps: gradient evaluations per restart.
+        learning_rate: Adam's first step, in units of the box.
+        total_variation: α.
+        batch_norm: weight of the batch-normalisation penalty, used where statistics are granted.
+        restarts: independent starts; the objective chooses.
+    """
+
+    steps: int = 4800
+    learning_rate: float = 0.1
+    total_variation: float = 0.1
+    batch_norm: float = 1e-3
+    restarts: int = 1
+
+    about: ClassVar[About] = About(
+        id="inverting-gradients",
+        title="Inverting Gradients",
+        paper="Geiping et al., Inverting Gradients: How Easy Is It to Break Privacy in Federated "
+        "Learning?, NeurIPS 2020",
+        link="https://arxiv.org/abs/2003.14053",
+        modalities=frozenset({"image"}),
+        needs=frozenset({Fact.BATCH_SIZE}),
+        deviations=(
+            "images are searched in pixel units, normalisation being part of the network",
+            "labels that are not granted are recovered by iDLG (one example) or by sign counts",
+            "the best iterate by the whole objective is kept (published: the last)",
+            "a batch-normalisation penalty where its statistics are granted",
+        ),
+    )
+    budgets: ClassVar = {"quick": {"steps": 800}, "thorough": {"steps": 24000, "restarts": 4}}
+
+    def compose(self, seen: Sequence[Observation]) -> Objective:
+        fit = Matching(seen, cosine, dtype=torch.float32)
+        penalties: list[tuple[float, Penalty]] = [(self.total_variation, total_variation)]
+        statistics = [o.knowledge.bn_statistics for o in seen]
+        if all(statistics):
+            penalty = batch_norm_penalty(fit.state, [s for s in statistics if s is not None])
+            penalties.append((self.batch_norm, penalty))
+        return Objective(
+            unknown=Images(
+                seen[0].data,
+                seen[0].knowledge.batch_size or 1,
+                labels=torch.stack([known_or_recovered(o) for o in seen]),
+                boxed=True,
+                mean=0.5,
+                std=0.25,
+                dtype=torch.float32,
+            ),
+            fit=fit,
+            penalties=tuple(penalties),
+        )
+
+    def search(self, objective: Objective, start: Variables) -> Search:
+        low, high = objective.unknown.spec.bounds
+        rate = self.learning_rate * (high - low)
+        return adam(objective, start, steps=self.steps, learning_rate=rate, signed=True)

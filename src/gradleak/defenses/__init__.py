@@ -1,0 +1,58 @@
+"""Protections as wrappers of mechanisms; they compose as an onion.
+
+GaussianNoise(std=0.01)(Clip(norm=1.0)(FedSGD()))
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from gradleak.defenses.clip import Clip
+from gradleak.defenses.noise import GaussianNoise, LaplaceNoise
+from gradleak.defenses.none import NoDefense
+from gradleak.defenses.sparsify import TopK
+from gradleak.defenses.wrapped import Wrapped, undefended
+from gradleak.registry import build as _build
+from gradleak.types import Mechanism
+
+
+class Defense(Protocol):
+    """A protection: Mechanism -> Mechanism, a frozen dataclass of its parameters."""
+
+    id: Any
+    title: Any
+
+    def __call__(self, mechanism: Mechanism) -> Mechanism: ...
+
+
+DEFENSES: dict[str, type[Any]] = {
+    d.id: d for d in (NoDefense, GaussianNoise, LaplaceNoise, TopK, Clip)
+}
+
+
+def build(spec: str) -> Callable[[Mechanism], Mechanism]:
+    """Build "id:field=value,..."; several joined by "+" apply from left to right.
+
+    Example: "clip:norm=1+gaussian-noise:std=0.1" clips first and then adds noise.
+    """
+    layers = [_build("defense", part.strip(), DEFENSES) for part in spec.split("+")]
+
+    def wrap(mechanism: Mechanism) -> Mechanism:
+        for layer in layers:
+            mechanism = layer(mechanism)
+        return mechanism
+
+    return wrap
+
+
+__all__ = [
+    "DEFENSES",
+    "Clip",
+    "Defense",
+    "GaussianNoise",
+    "LaplaceNoise",
+    "NoDefense",
+    "TopK",
+    "Wrapped",
+    "build",
+    "undefended",
+]

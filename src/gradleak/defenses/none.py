@@ -1,0 +1,19 @@
+"""No protection: the reference every protection is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gradleak.types import Mechanism
+
+
+@dataclass(frozen=True)
+class NoDefense:
+    """ũ = u."""
+
+    id: ClassVar[str] = "none"
+    title: ClassVar[str] = "No protection"
+
+    def __call__(self, mechanism: Mechanism) -> Mechanism:
+        return mechanism

@@ -1,0 +1,71 @@
+"""Top-k sparsification: only the largest coordinates leave the client (Aji & Heafield, 2017)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gradleak.defenses.wrapped import Wrapped
+from gradleak.errors import IntractableLikelihood, InvalidInput
+from gradleak.types import Batch, Mechanism, ModelState, Update
+
+
+@dataclass(frozen=True)
+class TopK:
+    """ũ_j = u_j if |u_j| is among the ⌈fraction · P⌉ largest, else 0.
+
+    The zeros show which coordinates were kept, so the adaptive attack compares on those alone.
+
+    Args:
+        fraction: share of coordinates kept, in (0, 1].
+        scope: rank over the whole update ("global") or within every tensor ("tensor").
+    """
+
+    fraction: float = 0.1
+    scope: Literal["global", "tensor"] = "global"
+
+    id: ClassVar[str] = "top-k"
+    title: ClassVar[str] = "Top-k sparsification"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise InvalidInput(f"fraction={self.fraction}: expected a share in (0, 1]")
+
+    def __call__(self, mechanism: Mechanism) -> Mechanism:
+        return _Sparse(mechanism, self) if self.fraction < 1 else mechanism
+
+    def keep(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Zero all but the largest coordinates."""
+        if self.scope == "tensor":
+            return {k: self._keep(v.flatten()).reshape(v.shape) for k, v in values.items()}
+        flat = self._keep(torch.cat([v.flatten() for v in values.values()]))
+        parts = flat.split([v.numel() for v in values.values()])
+        return {k: p.reshape(v.shape) for (k, v), p in zip(values.items(), parts, strict=True)}
+
+    def _keep(self, flat: Tensor) -> Tensor:
+        kept = flat.detach().abs().topk(math.ceil(self.fraction * flat.numel())).indices
+        return torch.zeros_like(flat).scatter(0, kept, flat.gather(0, kept))
+
+
+@dataclass(frozen=True)
+class _Sparse(Wrapped):
+    rule: TopK
+
+    def mean(self, state: ModelState, batch: Batch) -> Update:
+        if not self.inner.deterministic:
+            raise IntractableLikelihood("top-k of a random update: its mean has no closed form")
+        clean = self.inner.mean(state, batch)
+        return Update(self.rule.keep(dict(clean.values)), clean.kind)
+
+    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
+        clean = self.inner.sample(state, batch, generator=generator)
+        return Update(self.rule.keep(dict(clean.values)), clean.kind)
+
+    def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
+        clean = self.inner.predict(received, state, batch)
+        kept = {k: v * (received.values[k] != 0) for k, v in clean.values.items()}
+        return Update(kept, clean.kind)

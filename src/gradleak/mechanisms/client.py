@@ -1,0 +1,121 @@
+"""One client's loss gradient as a pure function of parameters, inputs and labels.
+
+    g(θ; x, y) = ∇_θ (1/b) Σ_i ℓ(f_θ(x_i), y_i)
+
+Differentiable in x and in soft y, and transformable by `torch.func.vmap` over trials.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradleak.errors import InvalidInput
+from gradleak.types import Batch, ModelState
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits (b, classes), labels (b,) or (b, classes)) -> mean loss over the batch, 0-dim."""
+
+BatchNormMode = Literal["eval", "train"]
+"""Whether the client normalises by the broadcast running statistics or by its own batch."""
+
+_templates: weakref.WeakKeyDictionary[nn.Module, dict[BatchNormMode, nn.Module]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def template(model: nn.Module, batch_norm: BatchNormMode) -> nn.Module:
+    """Return a frozen copy of `model` that never writes to its buffers.
+
+    Dropout is off. With `batch_norm="train"` every batch-normalisation layer uses the statistics
+    of the batch it sees and keeps no running estimate, so calls stay pure.
+    """
+    known = _templates.setdefault(model, {})
+    if batch_norm not in known:
+        clone = copy.deepcopy(model).eval().requires_grad_(False)
+        if batch_norm == "train":
+            for layer in clone.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    layer.track_running_stats = False
+                    layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+        known[batch_norm] = clone
+    return known[batch_norm]
+
+
+def client_gradient(
+    state: ModelState,
+    params: Mapping[str, Tensor],
+    batch: Batch,
+    *,
+    loss: Loss,
+    batch_norm: BatchNormMode,
+) -> dict[str, Tensor]:
+    """Gradient of the mean loss on `batch` at `params`, one tensor per parameter."""
+    model = template(state.model, batch_norm)
+    wanted = dict(model.named_buffers()).keys() | dict(model.named_parameters()).keys()
+    fixed = {k: v for k, v in state.buffers.items() if k in wanted}
+
+    def objective(free: dict[str, Tensor]) -> Tensor:
+        logits = torch.func.functional_call(model, (free, fixed), (batch.inputs,))
+        return loss(logits, batch.labels)
+
+    return torch.func.grad(objective)(dict(params))  # type: ignore[no-any-return]
+
+
+def batch_norm_statistics(state: ModelState, inputs: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and biased variance at the input of every batch-normalisation layer, by layer name.
+
+    Measured in a forward pass that itself normalises by batch statistics, differentiably.
+
+    Args:
+        state: broadcast state.
+        inputs: (b, *shape).
+
+    Returns:
+        (mean, variance), each (channels,), in forward order; empty without such layers.
+    """
+    model = template(state.model, "train")
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0]
+            dims = [d for d in range(x.ndim) if d != 1]
+            found[name] = (x.mean(dims), x.var(dims, unbiased=False))
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(record(name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    ]
+    if not handles:
+        return {}
+    wanted = dict(model.named_buffers()).keys() | dict(model.named_parameters()).keys()
+    fixed = {k: v for k, v in state.buffers.items() if k in wanted}
+    try:
+        torch.func.functional_call(model, (dict(state.params), fixed), (inputs,))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def running_statistics(state: ModelState) -> dict[str, tuple[Tensor, Tensor]]:
+    """The running (mean, variance) that the broadcast state holds, by layer name."""
+    suffix = ".running_mean"
+    names = [k.removesuffix(suffix) for k in state.buffers if k.endswith(suffix)]
+    return {n: (state.buffers[n + suffix], state.buffers[n + ".running_var"]) for n in names}
+
+
+def check_positive(**values: float) -> None:
+    """Raise `InvalidInput` naming the first value that is not a positive finite number."""
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise InvalidInput(f"{name}={value}: expected a positive number")

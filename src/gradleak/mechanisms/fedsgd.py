@@ -1,0 +1,50 @@
+"""FedSGD: the client sends the gradient of one step (McMahan et al., AISTATS 2017)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from gradleak.errors import IntractableLikelihood
+from gradleak.mechanisms.client import BatchNormMode, Loss, client_gradient
+from gradleak.types import Batch, ModelState, Update, UpdateKind
+
+
+@dataclass(frozen=True)
+class FedSGD:
+    """u = ∇_θ (1/b) Σ_i ℓ(f_θ(x_i), y_i).
+
+    Args:
+        batch_norm: statistics the client normalises by, its batch's ("train") or the broadcast
+            running ones ("eval").
+        loss: mean loss over the batch.
+    """
+
+    batch_norm: BatchNormMode = "eval"
+    loss: Loss = cross_entropy
+
+    id: ClassVar[str] = "fedsgd"
+    kind: ClassVar[UpdateKind] = "gradient"
+    deterministic: ClassVar[bool] = True
+
+    def mean(self, state: ModelState, batch: Batch) -> Update:
+        gradient = client_gradient(
+            state, state.params, batch, loss=self.loss, batch_norm=self.batch_norm
+        )
+        return Update(gradient, "gradient")
+
+    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
+        return self.mean(state, batch)
+
+    def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
+        return self.mean(state, batch)
+
+    def as_gradient(self, update: Update, *, batch_size: int) -> Update:
+        return update
+
+    def log_prob(self, update: Update, state: ModelState, batch: Batch) -> Tensor:
+        raise IntractableLikelihood("fedsgd is deterministic: it has no density")

@@ -1,0 +1,84 @@
+"""`observe`: an update somebody recorded becomes an observation, with no simulation involved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from gradleak.errors import InvalidInput, nearest
+from gradleak.mechanisms import FedSGD
+from gradleak.mechanisms.client import Loss
+from gradleak.types import (
+    DataSpec,
+    Exchange,
+    Knowledge,
+    Mechanism,
+    ModelState,
+    Observation,
+    Update,
+    UpdateKind,
+)
+
+
+def observe(
+    model: nn.Module | ModelState,
+    *,
+    update: Mapping[str, Tensor],
+    data: DataSpec,
+    batch_size: int,
+    kind: UpdateKind = "gradient",
+    loss: Loss = cross_entropy,
+    mechanism: Mechanism | None = None,
+    labels: Tensor | None = None,
+) -> Observation:
+    """Build an observation from the public side of one recorded round.
+
+    There is no parameter through which private inputs could enter.
+
+    Args:
+        model: the network as it was broadcast to the client.
+        update: one tensor per trainable parameter, named as in `model.named_parameters()`.
+        data: public form of the data.
+        batch_size: examples in the client's batch.
+        kind: "gradient" of the mean loss, or "delta" (parameters after − before).
+        loss: the client's loss, used when `mechanism` is not given.
+        mechanism: the client's training and protections, if known; FedSGD with `loss` otherwise.
+        labels: (b,) int64 labels, where the attacker knows them.
+
+    Raises:
+        InvalidInput: names, shapes, kinds or values do not fit together.
+    """
+    state = model if isinstance(model, ModelState) else ModelState.of(model)
+    for name, value in update.items():
+        if name not in state.params:
+            raise InvalidInput(
+                f"update has unknown parameter {name!r}: {nearest(name, state.params)}"
+            )
+        if not value.isfinite().all():
+            raise InvalidInput(
+                f"update {name!r} holds NaN or infinite values: expected finite ones"
+            )
+    if mechanism is None:
+        if kind == "delta":
+            raise InvalidInput(
+                "update of kind 'delta': expected mechanism=FedAvg(learning_rate=..., steps=...)"
+            )
+        mechanism = FedSGD(loss=loss)
+    if mechanism.kind != kind:
+        raise InvalidInput(f"update kind {kind!r}: expected {mechanism.kind!r} for this mechanism")
+    if batch_size < 1:
+        raise InvalidInput(f"batch size {batch_size}: expected at least 1")
+    if labels is not None:
+        if tuple(labels.shape) != (batch_size,):
+            raise InvalidInput(f"labels {tuple(labels.shape)}: expected ({batch_size},)")
+        if labels.is_floating_point() or labels.min() < 0 or labels.max() >= data.classes:
+            raise InvalidInput(f"labels: expected whole numbers from 0 to {data.classes - 1}")
+    received = Update({k: v.detach().clone() for k, v in update.items()}, kind)
+    return Observation(
+        exchanges=(Exchange(state, received),),
+        mechanism=mechanism,
+        data=data,
+        knowledge=Knowledge(batch_size, None if labels is None else labels.long().clone()),
+    )
