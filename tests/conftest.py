@@ -1,4 +1,4 @@
-"""What every test shares: one computing thread, and the folder of real data sets if there is one."""
+"""What every test shares: one computing thread, and the folder of real data sets if any."""
 
 from __future__ import annotations
 
