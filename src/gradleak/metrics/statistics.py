@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 from gradleak.errors import InvalidInput
 
@@ -39,14 +39,16 @@ def _check_rate(successes: float, n: float, confidence: float) -> None:
 
 
 def wilson(successes: float, n: float, *, confidence: float = 0.95) -> Interval:
-    """Score interval of a rate: covers on average over rates, less near 0 and 1 at small n.
+    """Score interval of a rate: covers on average over rates, but not at every rate.
+
+    At n = 8 the 95 % interval covers 95 % averaged over rates and 85 % at the worst one.
 
     Source: Wilson 1927; Brown, Cai and DasGupta 2001, equation 4.
     """
     _check_rate(successes, n, confidence)
     if n == 0:
         return Interval(0.0, 1.0, confidence)
-    z = float(stats.norm.isf((1 - confidence) / 2))
+    z = float(special.ndtri((1 + confidence) / 2))
     rate = successes / n
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
@@ -62,8 +64,9 @@ def clopper_pearson(successes: float, n: float, *, confidence: float = 0.95) -> 
     """
     _check_rate(successes, n, confidence)
     tail = (1 - confidence) / 2
-    low = float(stats.beta.ppf(tail, successes, n - successes + 1)) if successes > 0 else 0.0
-    high = float(stats.beta.isf(tail, successes + 1, n - successes)) if successes < n else 1.0
+    failures = n - successes
+    low = float(special.betaincinv(successes, failures + 1, tail)) if successes > 0 else 0.0
+    high = float(special.betaincinv(successes + 1, failures, 1 - tail)) if failures > 0 else 1.0
     return Interval(low, high, confidence)
 
 
@@ -94,10 +97,11 @@ def clustered_mean(
 ) -> Interval:
     """Student's t interval of the mean over C client means, cut to the possible range.
 
-    Chosen over the percentile bootstrap, which at 8 clients covers about 89 % where it says
-    95 %. It covers for bell-shaped, uniform and evenly bimodal client means. Where a rare kind
-    of client (one in ten) did not occur in the sample, no interval from so few clients can know
-    of it: read the rates and quantiles beside a mean.
+    Coverage of the 95 % interval at 8 clients: 95 % for normal client means, 94 % for uniform,
+    93 % for two modes of equal weight, 90 % for exponential (the percentile bootstrap: 89 % for
+    normal). Where a far mode holds one client in ten it is 62 %, because a sample that happens to
+    miss the mode cannot know of it; read the share of recovered images and the quantiles beside
+    a mean.
 
     Args:
         values: the values of each client.
@@ -110,7 +114,7 @@ def clustered_mean(
     low, high = limits
     if len(means) > 1:
         spread = float(means.std(ddof=1)) / math.sqrt(len(means))
-        half = float(stats.t.isf((1 - confidence) / 2, len(means) - 1)) * spread
+        half = float(special.stdtrit(len(means) - 1, (1 + confidence) / 2)) * spread
         centre = float(means.mean())
         low, high = max(low, centre - half), min(high, centre + half)
     return Interval(low, high, confidence)

@@ -369,7 +369,26 @@ def _measurements(targets: Sequence[_Target], record: Mapping[str, Any]) -> dict
             "chance": min(1.0, b / bank) if bank else None,
             "excess": _excess(targets),
         }
+    measured["recovered"] = _recovered_share(targets)
     return measured
+
+
+def _recovered_share(targets: Sequence[_Target]) -> Finding:
+    values = _clusters(targets, lambda t: t.recovered)
+    control = _clusters(targets, lambda t: t.recovered_by_control)
+    interval = _rate(values)
+    return {
+        "value": _mean(values),
+        "low": interval.low,
+        "high": interval.high,
+        "confidence": CONFIDENCE,
+        "n": len(targets),
+        "clients": len(values),
+        "images": sum(map(len, values)),
+        "unit": "",
+        "baseline": 0.0,
+        "control": _mean(control) if control else None,
+    }
 
 
 def _excess(targets: Sequence[_Target]) -> dict[str, float] | None:
