@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import special
 
 from gradleak.errors import InvalidInput
 
@@ -130,7 +130,8 @@ def median_interval(values: Clusters, *, confidence: float = 0.95) -> Interval:
     Source: Thompson 1936.
     """
     means = np.sort(client_means(values))
-    rank = int(stats.binom.ppf((1 - confidence) / 2, len(means), 0.5))
+    below = special.bdtr(np.arange(len(means)), len(means), 0.5)
+    rank = int((below <= (1 - confidence) / 2).sum())
     if rank < 1:
         return Interval(-math.inf, math.inf, confidence)
     return Interval(float(means[rank - 1]), float(means[-rank]), confidence)
@@ -157,7 +158,7 @@ def sign_test(first: Clusters, second: Clusters) -> float:
     """
     difference = _paired(first, second)
     wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
-    return float(stats.binom.sf(wins - 1, wins + losses, 0.5)) if wins + losses else 1.0
+    return float(special.bdtrc(wins - 1, wins + losses, 0.5)) if wins else 1.0
 
 
 def excess_risk(attack: float, control: float) -> float:
