@@ -73,6 +73,8 @@ def load(name_or_path: str | os.PathLike[str], *, data_dir: Path | None = None) 
         CorruptFile: a file is truncated, corrupted or of another format.
     """
     text = os.fspath(name_or_path)
+    if text in ("", "hf:"):
+        raise InvalidInput(f"data {text!r}: expected a name, a path or hf:DATASET")
     if text.startswith("hf:"):
         name, fields = with_fields(text[3:])
         kinds = {"split": str, "image": str, "label": str, "size": int}

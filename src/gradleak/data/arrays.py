@@ -97,10 +97,11 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, *, path: Path
         if dtype.hasobject:
             raise CorruptFile(f"{where} holds Python objects (a pickle), which are never read")
         size = math.prod(shape) * dtype.itemsize
-        if size > LARGEST or stream.tell() + size != member.file_size:
+        stored = member.file_size - stream.tell()
+        if size != stored or size > LARGEST:
             raise CorruptFile(
-                f"{where} announces {size} bytes but {member.file_size} are stored (at most "
-                f"{LARGEST} are read)"
+                f"{where} announces {size} bytes and stores {stored}: expected equal numbers, at "
+                f"most {LARGEST}"
             )
     with archive.open(member) as stream:
         return npy.read_array(stream, allow_pickle=False)

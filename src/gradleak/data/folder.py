@@ -27,9 +27,10 @@ DEFAULT_SIDE = 32
 def read_folder(directory: Path, *, size: int | None = None) -> Dataset:
     """Read a folder of pictures as squares of one size.
 
-    Each sub-folder is a class; pictures that lie directly in the folder are one class. Pictures are
-    scaled until the shorter side is `size` and cropped at the centre. They are grey when every file
-    is grey, else RGB. Hidden files and files that are no pictures by name are passed over.
+    Each sub-folder is a class; pictures that lie directly in the folder are one class (of two, see
+    `Dataset.of`). Pictures are scaled until the shorter side is `size` and cropped at the centre.
+    They are grey when every file is grey, else RGB. Hidden files and files that are no pictures by
+    name are passed over.
 
     Args:
         directory: the folder.

@@ -12,6 +12,8 @@ from torch import Tensor
 from gradleak.errors import InvalidInput
 from gradleak.types import Batch, DataSpec
 
+MOST_CLASSES = 2**16
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
@@ -51,7 +53,8 @@ class Dataset:
             images: (N, C, H, W), uint8 in 0..255 or floating point in [0, 1].
             labels: (N,) whole numbers from 0.
             licence: short statement of the terms of use.
-            classes: number of classes; by default one more than the largest label.
+            classes: number of classes; by default one more than the largest label. A single class
+                becomes two, because a classifier with one class has no gradient to leak.
             class_names: names in label order, or empty.
 
         Raises:
@@ -83,6 +86,10 @@ class Dataset:
                 f"data {name!r}: labels from {int(labels.min())} to {top}, expected 0 to "
                 f"{classes - 1}"
             )
+        if top >= MOST_CLASSES:
+            raise InvalidInput(f"data {name!r}: label {top}, expected less than {MOST_CLASSES}")
+        if classes == 1:
+            classes, class_names = 2, (*class_names, "other") if class_names else ()
         images, labels = images.contiguous(), labels.contiguous()
         digest = hashlib.sha256(f"{tuple(images.shape)} {images.dtype} {classes}".encode())
         digest.update(images.numpy().data)

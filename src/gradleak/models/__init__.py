@@ -74,7 +74,8 @@ def build(name: str, spec: DataSpec, *, seed: int) -> nn.Module:
         raise InvalidInput(f"unknown model {name!r}: {nearest(name, [*MODELS, 'module:factory'])}")
     if name.partition(":")[0] in MODELS:
         raise InvalidInput(f"model {name!r}: {name.partition(':')[0]!r} has no fields")
-    factory = user_factory(name)
+    with seeded(seed):  # a module may draw numbers when it is imported, which happens once
+        factory = user_factory(name)
     with seeded(seed):
         model = factory(spec)
         check_outputs(model, spec, name=name)

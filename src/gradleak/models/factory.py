@@ -38,7 +38,7 @@ def user_factory(name: str) -> Factory:
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may call sys.exit when imported
         raise InvalidInput(
             f"model {name!r}: cannot import {module_name!r} from {here} or the import path "
             f"({type(error).__name__}: {one_line(error)})"
