@@ -54,7 +54,7 @@ def read_folder(directory: Path, *, size: int | None = None) -> Dataset:
     pixels = np.empty((len(files), channels, side, side), dtype=np.uint8)
     for row, file in zip(pixels, files, strict=True):
         with decoded(file) as picture:
-            row[:] = square(picture, channels=channels, side=side)
+            row[:] = square(picture, channels=channels, side=side, where=file)
     return Dataset.of(
         directory.resolve().name,
         torch.from_numpy(pixels),
@@ -123,15 +123,21 @@ def decoded(file: Path) -> Iterator[Image.Image]:
 def form(file: Path) -> tuple[str, int]:
     """Return mode and shorter side of a picture from its header alone."""
     with decoded(file) as picture:
-        if picture.mode.startswith(("I", "F")):
-            raise InvalidInput(
-                f"{file} has more than 8 bits per channel (mode {picture.mode}): convert it to 8"
-            )
         return picture.mode, min(picture.size)
 
 
-def square(picture: Image.Image, *, channels: int, side: int) -> np.ndarray[Any, Any]:
-    """Scale the shorter side to `side`, crop the centre; (channels, side, side) uint8."""
+def square(
+    picture: Image.Image, *, channels: int, side: int, where: object
+) -> np.ndarray[Any, Any]:
+    """Scale the shorter side to `side`, crop the centre; (channels, side, side) uint8.
+
+    Raises:
+        InvalidInput: more than 8 bits per channel, which Pillow would clip instead of scaling.
+    """
+    if picture.mode.startswith(("I", "F")):
+        raise InvalidInput(
+            f"{where} has more than 8 bits per channel (mode {picture.mode}): convert it to 8"
+        )
     upright = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
     fitted = ImageOps.fit(upright, (side, side), method=Image.Resampling.LANCZOS)
     return np.asarray(fitted, dtype=np.uint8).reshape(side, side, channels).transpose(2, 0, 1)

@@ -62,7 +62,9 @@ def read_hub(
         pixels = np.empty((len(table), channels, side, side), dtype=np.uint8)
         labels = torch.empty(len(table), dtype=torch.int64)
         for index, row in enumerate(table):
-            pixels[index] = square(row[image], channels=channels, side=side)
+            pixels[index] = square(
+                row[image], channels=channels, side=side, where=f"hf:{name}, row {index}"
+            )
             labels[index] = int(row[label])
     except InvalidInput:
         raise

@@ -18,7 +18,11 @@ from gradleak.models.seeding import seeded
 from gradleak.types import ModelState
 
 STAGES: dict[str, int] = {"init": 0, "early": 100, "trained": 1000}
-"""Training steps of each named stage, at `train`'s default batch size and learning rate."""
+"""Training steps of each named stage, at `train`'s default batch size and learning rate.
+
+Accuracy on mnist-5k's public half after 0, 100 and 1000 steps: lenet 0.10, 0.52, 0.92; mlp 0.12,
+0.87, 0.92 (means of three seeds); convnet 0.08, 0.95, 0.97 (one seed).
+"""
 
 
 def stage_steps(text: str) -> int:
