@@ -1,0 +1,325 @@
+"""Commands and options of `gradleak`.
+
+Exit status: 0 done, 1 a --fail-on condition holds, 2 invalid request, 3 trials failed to run,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from gradleak.errors import GradleakError, InvalidInput, nearest
+
+DONE, CONDITION_HOLDS, INVALID, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+
+app = typer.Typer(
+    name="gradleak",
+    help="Measure what a federated-learning server can reconstruct from client updates.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+# typer may carry a click of its own: its errors are known by their public child.
+_UsageError: type[Exception] = next(
+    c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
+)
+
+_SCENARIO, _ATTACKER, _EFFORT, _OUTPUT = "What is audited", "Who attacks", "Effort", "Output"
+
+
+def _option(text: str, panel: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar)
+
+
+Data = Annotated[
+    str | None, _option("data set: a name, a folder, an .npz or hf:NAME [mnist-5k]", _SCENARIO)
+]
+DataDir = Annotated[
+    str | None, _option("where data sets lie [$GRADLEAK_DATA, else the user cache]", _SCENARIO)
+]
+Model = Annotated[str | None, _option("network: a name or module:factory [lenet]", _SCENARIO)]
+Weights = Annotated[str | None, _option("broadcast state to audit, a safetensors file", _SCENARIO)]
+Stage = Annotated[
+    list[str] | None,
+    _option("init, early, trained or a number of steps; repeatable [init]", _SCENARIO),
+]
+MechanismName = Annotated[str | None, _option("fedsgd or fedavg [fedsgd]", _SCENARIO)]
+LocalSteps = Annotated[int | None, _option("local steps of fedavg [3]", _SCENARIO)]
+LocalRate = Annotated[float | None, _option("local learning rate of fedavg [0.01]", _SCENARIO)]
+BatchNorm = Annotated[
+    str | None, _option("statistics the client normalises by: eval or train [eval]", _SCENARIO)
+]
+BatchSizes = Annotated[
+    list[int] | None, _option("examples per client; repeatable [1]", _SCENARIO, "--batch-size")
+]
+BatchSize = Annotated[int | None, _option("examples per client [1]", _SCENARIO)]
+Attacks = Annotated[
+    list[str] | None,
+    _option("ID:field=value,...; repeatable [dlg, inverting-gradients]", _ATTACKER, "--attack"),
+]
+Defenses = Annotated[
+    list[str] | None,
+    _option(
+        "ID:field=value,...; repeatable, `none` is always included "
+        "[two kinds of noise, top-k, clip]",
+        _SCENARIO,
+        "--defense",
+    ),
+]
+DefenseName = Annotated[str | None, _option("ID:field=value,... [none]", _SCENARIO)]
+Knows = Annotated[
+    list[str] | None,
+    _option("facts granted, comma-separated [batch_size,mechanism]", _ATTACKER),
+]
+Server = Annotated[str | None, _option("honest or malicious [honest]", _ATTACKER)]
+Targets = Annotated[int | None, _option("updates attacked per finding [by budget]", _EFFORT)]
+Clients = Annotated[int | None, _option("clients that the targets come from [one each]", _EFFORT)]
+Seed = Annotated[int | None, _option("every random draw derives from it [0]", _EFFORT)]
+Budget = Annotated[str | None, _option("quick, standard or thorough [quick]", _EFFORT)]
+Device = Annotated[str | None, _option("auto, cpu or cuda [auto]", _EFFORT)]
+Workers = Annotated[
+    int | None, _option("worker processes; 0 uses this process [one per core]", _EFFORT)
+]
+Out = Annotated[
+    str | None, _option("directory of the report; the same one resumes", _OUTPUT, metavar="DIR")
+]
+FailOn = Annotated[
+    list[str] | None,
+    _option("exit with status 1 if [DEFENSE:]METRIC>NUMBER holds; repeatable", _OUTPUT),
+]
+Quiet = Annotated[bool, _option("no progress on stderr", _OUTPUT, "--quiet")]
+Config = Annotated[
+    str | None, _option("TOML file of these options; the command line wins", _OUTPUT)
+]
+
+
+@app.callback(invoke_without_command=True)
+def gradleak(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    """Measure what a federated-learning server can reconstruct from client updates."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"gradleak {installed('gradleak')}")
+        raise typer.Exit
+
+
+@app.command()
+def audit(
+    data: Data = None,
+    data_dir: DataDir = None,
+    model: Model = None,
+    weights: Weights = None,
+    stage: Stage = None,
+    mechanism: MechanismName = None,
+    local_steps: LocalSteps = None,
+    local_learning_rate: LocalRate = None,
+    batch_norm: BatchNorm = None,
+    batch_size: BatchSizes = None,
+    attack: Attacks = None,
+    defense: Defenses = None,
+    knows: Knows = None,
+    server: Server = None,
+    targets: Targets = None,
+    clients: Clients = None,
+    seed: Seed = None,
+    budget: Budget = None,
+    device: Device = None,
+    workers: Workers = None,
+    out: Out = None,
+    fail_on: FailOn = None,
+    config: Config = None,
+    quiet: Quiet = False,
+) -> None:
+    """Attack simulated clients' updates, with and without protections, and report what leaks."""
+    given = _given(locals())
+    from gradleak.run.settings import read_config
+
+    if config is not None:
+        in_file = {k.replace("-", "_"): v for k, v in read_config(Path(config)).items()}
+        given = in_file | given
+    _audit(given)
+
+
+@app.command("attack")
+def attack_command(
+    identifier: Annotated[str, typer.Argument(metavar="ID", help="ID:field=value,...")],
+    data: Data = None,
+    data_dir: DataDir = None,
+    model: Model = None,
+    weights: Weights = None,
+    stage: Annotated[str | None, _option("training stage [init]", _SCENARIO)] = None,
+    mechanism: MechanismName = None,
+    local_steps: LocalSteps = None,
+    local_learning_rate: LocalRate = None,
+    batch_norm: BatchNorm = None,
+    batch_size: BatchSize = None,
+    defense: DefenseName = None,
+    knows: Knows = None,
+    server: Server = None,
+    targets: Annotated[int | None, _option("updates attacked [1]", _EFFORT)] = None,
+    seed: Seed = None,
+    budget: Budget = None,
+    device: Device = None,
+    workers: Workers = None,
+    out: Out = None,
+    update: Annotated[
+        str | None, _option("a recorded update, a safetensors file", "Recorded update")
+    ] = None,
+    state: Annotated[
+        str | None, _option("the state it answers, a safetensors file", "Recorded update")
+    ] = None,
+    data_spec: Annotated[
+        str | None,
+        _option("TOML: shape, classes, bounds of the data", "Recorded update"),
+    ] = None,
+    labels: Annotated[
+        str | None, _option("the batch's labels, if known, e.g. 3,5", "Recorded update")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run one attack on a simulated client, or on an update somebody recorded."""
+    given = _given(locals())
+    recorded = {"update", "state", "data_spec", "labels"} & given.keys()
+    if recorded:
+        _attack_recorded(identifier, given)
+        return
+    del given["identifier"]
+    _audit({"targets": 1, "defense": ["none"], "out": "gradleak-attack"} | given, one=identifier)
+
+
+@app.command("list")
+def list_command(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="attacks, defenses, models or data")],
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """List attacks, defenses, models or data."""
+    from gradleak.cli.listing import KINDS, print_listing
+
+    if kind not in KINDS:
+        raise InvalidInput(f"cannot list {kind!r}: {nearest(kind, KINDS)}")
+    print_listing(kind, as_json=as_json)
+
+
+@app.command()
+def report(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="--out of an audit")],
+) -> None:
+    """Render report.html again from the stored files."""
+    from gradleak.report.html import render
+
+    typer.echo(render(Path(directory)))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit status; errors are one line on stderr."""
+    command = typer.main.get_command(app)
+    try:
+        with _terminations():
+            status = command.main(
+                list(arguments) or ["--help"], prog_name="gradleak", standalone_mode=False
+            )
+    except _UsageError as error:
+        message = error.format_message()  # type: ignore[attr-defined]
+        if message.startswith("No such command"):
+            message += f" {nearest(arguments[0], ('audit', 'attack', 'list', 'report'))}"
+        return _complain(message)
+    except InvalidInput as error:
+        return _complain(str(error))
+    except GradleakError as error:
+        return _complain(str(error), status=FAILED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except (OSError, MemoryError, RecursionError) as error:
+        return _complain(str(error) or type(error).__name__)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted: what was done is kept, the same command resumes", err=True)
+        return INTERRUPTED
+    return status if isinstance(status, int) else DONE
+
+
+def main() -> None:
+    """Entry point of the `gradleak` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _audit(given: dict[str, Any], *, one: str | None = None) -> None:
+    """Run an audit, or the single attack `one`, and end with the exit status it deserves."""
+    from gradleak.cli.progress import Bar
+    from gradleak.cli.tables import print_report
+    from gradleak.run import AuditSettings
+    from gradleak.run.auditing import Unwatched, run_audit
+
+    if one is not None:
+        given = given | {"attack": [one]}
+    settings = AuditSettings.of(given)
+    bar = contextlib.nullcontext(Unwatched()) if settings.quiet else Bar()
+    with bar as watcher:
+        outcome = run_audit(
+            settings,
+            given=given,
+            watcher=watcher,
+            undefended=one is None,
+            verb="audit" if one is None else "attack",
+        )
+    print_report(outcome)
+    if outcome.conditions_met:
+        typer.echo(f"fails on: {', '.join(outcome.conditions_met)}", err=True)
+        raise typer.Exit(CONDITION_HOLDS)
+    if outcome.failed:
+        raise typer.Exit(FAILED)
+
+
+def _attack_recorded(identifier: str, given: dict[str, Any]) -> None:
+    from gradleak.cli.tables import print_claim
+    from gradleak.run.recorded import RecordedSettings, attack_recorded
+
+    given.pop("quiet", None)
+    claim = attack_recorded(RecordedSettings.of(identifier, given))
+    print_claim(claim)
+    if claim.reconstruction.status in ("failed", "diverged"):
+        raise typer.Exit(FAILED)
+
+
+def _given(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The options that somebody really gave."""
+    return {
+        name: value
+        for name, value in parameters.items()
+        if name != "config" and value is not None and value is not False and value != []
+    }
+
+
+def _complain(message: str, *, status: int = INVALID) -> int:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return status
+
+
+@contextlib.contextmanager
+def _terminations() -> Iterator[None]:
+    """Let SIGTERM end a run as an interrupt does."""
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

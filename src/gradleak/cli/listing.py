@@ -1,0 +1,114 @@
+"""What there is: attacks, protections, networks and data sets."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from rich.table import Table
+
+from gradleak import jsonsafe
+from gradleak.cli.tables import console
+
+
+def attacks() -> list[dict[str, Any]]:
+    """Every attack with its paper and what it needs."""
+    from gradleak.attacks import ATTACKS
+
+    return [
+        {
+            "id": about.id,
+            "title": about.title,
+            "paper": about.paper,
+            "link": about.link,
+            "modalities": sorted(about.modalities),
+            "needs": sorted(about.needs),
+            "server": about.server,
+            "deviations": list(about.deviations),
+            "fields": _fields(attack),
+        }
+        for attack in ATTACKS.values()
+        for about in (attack.about,)
+    ]
+
+
+def defenses() -> list[dict[str, Any]]:
+    """Every protection with its fields."""
+    from gradleak.defenses import DEFENSES
+
+    return [
+        {
+            "id": name,
+            "title": defense.title,
+            "about": (inspect.getdoc(defense) or "").partition("\n")[0],
+            "fields": _fields(defense),
+        }
+        for name, defense in DEFENSES.items()
+    ]
+
+
+def models() -> list[dict[str, Any]]:
+    """Every built-in network."""
+    from gradleak.models import MODELS
+
+    return [
+        {"id": about.id, "title": about.title, "batch_norm": about.batch_norm}
+        for about in MODELS.values()
+    ] + [{"id": "module:factory", "title": "Your own network", "batch_norm": None}]
+
+
+def data() -> list[dict[str, Any]]:
+    """Every data set that has a name."""
+    from gradleak.data import DATASETS
+
+    return [dataclasses.asdict(about) | {"shape": list(about.shape)} for about in DATASETS.values()]
+
+
+KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "attacks": attacks,
+    "defenses": defenses,
+    "models": models,
+    "data": data,
+}
+
+_COLUMNS = {
+    "attacks": ("id", "title", "needs", "fields", "link"),
+    "defenses": ("id", "title", "about", "fields"),
+    "models": ("id", "title", "batch_norm"),
+    "data": ("id", "title", "shape", "classes", "embedded", "licence"),
+}
+
+
+def print_listing(kind: str, *, as_json: bool) -> None:
+    """Print one of `KINDS`, as a table or as JSON."""
+    rows = KINDS[kind]()
+    if as_json:
+        print(jsonsafe.dumps(rows, indent=1))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in _COLUMNS[kind]:
+        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=column == "id")
+    for row in rows:
+        table.add_row(*(_words(row[column]) for column in _COLUMNS[kind]))
+    console().print(table)
+
+
+def _fields(thing: type[Any]) -> dict[str, Any]:
+    """Fields that the notation ID:field=value can set, with their defaults."""
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(thing)
+        if field.init and isinstance(field.default, int | float | str | type(None))
+    }
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={v}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    return str(value)

@@ -1,0 +1,85 @@
+"""Tables on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from gradleak.run import LeakageReport
+    from gradleak.run.recorded import Claim
+
+_WIDTH = 120
+"""Columns where stdout is no terminal."""
+
+
+def console() -> Console:
+    """A console on stdout that is wide enough where nobody looks."""
+    seen = Console()
+    return seen if seen.is_terminal else Console(width=_WIDTH)
+
+
+def print_report(report: LeakageReport) -> None:
+    """Print one row per finding, the headline and where the report lies."""
+    table = Table(box=None, pad_edge=False)
+    several = len({_setting(f) for f in report.findings}) > 1
+    for title in (["setting"] if several else []) + ["protection", "attack"]:
+        table.add_column(title, no_wrap=True)
+    for title in ("PSNR dB", "guess", "control", "identified", "solved"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("verdict", overflow="fold")
+    for finding in report.findings:
+        row = [finding["defense_spec"], finding["attack"], *_numbers(finding), _verdict(finding)]
+        table.add_row(*([_setting(finding)] if several else []), *row)
+    out = console()
+    out.print(table)
+    out.print()
+    out.print(report.headline, soft_wrap=True, highlight=False, markup=False)
+    out.print(f"Report: {report.page}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_claim(claim: Claim) -> None:
+    """Print what an attack on a recorded update says of itself."""
+    found = claim.reconstruction
+    out = console()
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("attack", claim.attack)
+    table.add_row("status", found.status + (f": {found.message}" if found.message else ""))
+    table.add_row("objective", f"{found.objective:.6g}")
+    table.add_row("gradient evaluations", str(found.evaluations))
+    table.add_row("labels", ", ".join(map(str, found.batch.classes.tolist())))
+    table.add_row("written to", str(claim.directory))
+    out.print(table)
+
+
+def _setting(finding: Mapping[str, Any]) -> str:
+    scenario = finding["scenario"]
+    return f"{scenario['stage']}, {scenario['mechanism']}, batch {scenario['batch_size']}"
+
+
+def _numbers(finding: Mapping[str, Any]) -> list[str]:
+    measured = finding["measurements"]
+    psnr, identified = measured.get("psnr_db"), measured.get("identified")
+    if not psnr or not identified:
+        return ["–"] * 5
+    trials = finding["trials"]
+    return [
+        f"{_decimal(psnr['value'])} [{_decimal(psnr['low'])}, {_decimal(psnr['high'])}]",
+        _decimal(psnr["baseline"]),
+        _decimal(psnr["control"]),
+        f"{identified['value']:.0%}",
+        f"{trials['solved']}/{trials['run']}",
+    ]
+
+
+def _decimal(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _verdict(finding: Mapping[str, Any]) -> str:
+    if finding["state"] == "measured":
+        return str(finding["verdict"])
+    return f"{finding['state'].replace('_', ' ')}: {finding['reason']}"

@@ -1,0 +1,430 @@
+"""The audit: from settings to `result.json` and `report.html`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import platform
+import shlex
+import time
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from gradleak import jsonsafe, models
+from gradleak.attacks import ATTACKS
+from gradleak.attacks.parts.objective import Engine
+from gradleak.data import Dataset, Split
+from gradleak.defenses import DEFENSES
+from gradleak.errors import CorruptFile, InvalidInput
+from gradleak.run import states
+from gradleak.run.executor import Progress, run_here, run_in_processes
+from gradleak.run.jobs import JobSpec, attack_spec, defense_spec, derive, device_of, plan, version
+from gradleak.run.settings import AuditSettings, Condition, option
+from gradleak.run.states import Broadcast
+from gradleak.run.store import Store, read_json, write_whole
+from gradleak.run.trial import Trial, divide, load_data, settle_engine, targets_of
+from gradleak.types import Fact
+
+SCHEMA_VERSION = 1
+RESULT = "result.json"
+ENGINES = "engines.json"
+
+
+class Watcher(Protocol):
+    """Somebody who wants to see an audit advance."""
+
+    def preparing(self, what: str) -> None:
+        """Something other than trials goes on; `what` says what, in a few words."""
+        ...
+
+    def running(self, done: float, *, total: int, resumed: int) -> None:
+        """`done` of `total` trials are done, `resumed` of them by an earlier run."""
+        ...
+
+
+class Unwatched:
+    """Nobody looks."""
+
+    def preparing(self, what: str) -> None:
+        pass
+
+    def running(self, done: float, *, total: int, resumed: int) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class LeakageReport:
+    """What an audit found.
+
+    Attributes:
+        directory: where `result.json`, `trials.jsonl`, `tensors` and `report.html` lie.
+        result: content of `result.json`.
+    """
+
+    directory: Path
+    result: Mapping[str, Any]
+
+    @property
+    def findings(self) -> list[dict[str, Any]]:
+        """One per scenario, attack and protection."""
+        return list(self.result["findings"])
+
+    @property
+    def headline(self) -> str:
+        """The outcome in one sentence."""
+        return str(self.result["headline"])
+
+    @property
+    def page(self) -> Path:
+        """The report to open in a browser."""
+        return self.directory / "report.html"
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        """Findings with trials that could not be run."""
+        return [f for f in self.findings if f["id"] in set(self.result["failed"])]
+
+    @property
+    def conditions_met(self) -> list[str]:
+        """The `--fail-on` conditions that hold."""
+        return [str(c["condition"]) for c in self.result["fail_on"] if c["holds"]]
+
+
+def audit(
+    *,
+    data: str | None = None,
+    data_dir: str | Path | None = None,
+    model: str | None = None,
+    weights: str | Path | None = None,
+    stage: str | Sequence[str] | None = None,
+    mechanism: str | None = None,
+    local_steps: int | None = None,
+    local_learning_rate: float | None = None,
+    batch_norm: str | None = None,
+    batch_size: int | Sequence[int] | None = None,
+    attacks: str | Sequence[str] | None = None,
+    defenses: str | Sequence[str] | None = None,
+    knows: str | Sequence[str] | None = None,
+    server: str | None = None,
+    targets: int | None = None,
+    clients: int | None = None,
+    seed: int | None = None,
+    budget: str | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    out: str | Path | None = None,
+    fail_on: str | Sequence[str] | None = None,
+) -> LeakageReport:
+    """Simulate clients, attack their updates with and without protections, and write a report.
+
+    Every argument is an option of `gradleak audit` and means the same; None takes the default.
+    `none` is always added to the protections. Calling again with equal arguments resumes.
+
+    Raises:
+        InvalidInput: an argument makes no sense; the message is one line.
+    """
+    arguments = {
+        "data": data,
+        "data_dir": data_dir,
+        "model": model,
+        "weights": weights,
+        "stage": stage,
+        "mechanism": mechanism,
+        "local_steps": local_steps,
+        "local_learning_rate": local_learning_rate,
+        "batch_norm": batch_norm,
+        "batch_size": batch_size,
+        "attack": attacks,
+        "defense": defenses,
+        "knows": knows,
+        "server": server,
+        "targets": targets,
+        "clients": clients,
+        "seed": seed,
+        "budget": budget,
+        "device": device,
+        "workers": workers,
+        "out": out,
+        "fail_on": fail_on,
+    }
+    given = {name: value for name, value in arguments.items() if value is not None}
+    return run_audit(AuditSettings.of(given), given=given)
+
+
+def run_audit(
+    settings: AuditSettings,
+    *,
+    given: Iterable[str] = (),
+    watcher: Watcher | None = None,
+    undefended: bool = True,
+    verb: str = "audit",
+) -> LeakageReport:
+    """Run an audit, or what is left of it, and write its report.
+
+    Args:
+        settings: what is asked for.
+        given: names of the settings that were given, for the record.
+        watcher: told how far it is.
+        undefended: add `none` to the protections.
+        verb: command that the report names for repeating it.
+
+    Raises:
+        InvalidInput: the request makes no sense.
+        WorkersFailed: worker processes do not start.
+    """
+    from gradleak.report.html import render
+
+    started = time.monotonic()
+    given = list(given)
+    watcher = watcher or Unwatched()
+    if undefended and "none" not in settings.defense:
+        settings = dataclasses.replace(settings, defense=("none", *settings.defense))
+    _check_names(settings)
+    directory = Path(settings.out)
+    watcher.preparing("loading data")
+    load_data.cache_clear()  # a folder may have changed since an earlier run in this process
+    dataset = load_data(settings.data, settings.data_dir)
+    division = divide(dataset, settings.seed)
+    network = models.build(settings.model, dataset.spec, seed=derive(settings.seed, "model"))
+    # Says what does not fit before anything is written; the states are not needed for that.
+    plan(settings, dataset, division, states=dict.fromkeys(_stages(settings), Broadcast("", "")))
+    _check_directory(directory)
+    with Store(directory) as store:
+        prepared = _prepare_states(settings, network, dataset, division, watcher=watcher)
+        jobs = plan(settings, dataset, division, states=prepared)
+        _run(settings, jobs, store, watcher=watcher)
+        records = [store.records[job.key] for job in jobs]
+        watcher.preparing("writing the report")
+        result = _result(
+            settings,
+            records,
+            given=given,
+            command=command_line(settings, given, verb=verb),
+            seconds=time.monotonic() - started,
+        )
+        write_whole(directory / RESULT, jsonsafe.dumps(result, indent=1) + "\n")
+        render(directory)
+    return LeakageReport(directory, result)
+
+
+def command_line(settings: AuditSettings, given: Iterable[str], *, verb: str = "audit") -> str:
+    """The command that repeats a run."""
+    words = ["gradleak", verb]
+    names = {name.replace("-", "_") for name in given}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name not in names or value is None or value is False:
+            continue
+        if verb == "attack" and field.name == "attack":
+            words[2:2] = list(value)
+        elif value is True:
+            words.append(option(field.name))
+        elif field.name == "knows":
+            words += [option(field.name), ",".join(value)]
+        else:
+            for each in value if isinstance(value, tuple) else (value,):
+                words += [option(field.name), str(each)]
+    return shlex.join(words)
+
+
+def _check_names(settings: AuditSettings) -> None:
+    """Find slips of the keyboard before any file is read."""
+    device_of(settings)
+    for spec in settings.attack:
+        attack_spec(spec, budget=settings.budget)
+    for spec in settings.defense:
+        defense_spec(spec)
+    for condition in settings.fail_on:
+        asked = Condition.parse(condition).defense
+        if asked is not None and asked not in {defense_spec(s)[0] for s in settings.defense}:
+            raise InvalidInput(f"--fail-on {condition!r}: {asked!r} is not among the protections")
+    states.check_stages(_stages(settings))
+    states.file_of(settings.weights)
+
+
+def _stages(settings: AuditSettings) -> tuple[str, ...]:
+    if settings.weights is not None:
+        return (states.GIVEN,)
+    return tuple(dict.fromkeys(settings.stage or ("init",)))
+
+
+def _check_directory(directory: Path) -> None:
+    """Refuse to write over a `result.json` that is not ours."""
+    path = directory / RESULT
+    if not path.exists():
+        return
+    try:
+        ours = "gradleak_version" in read_json(path)
+    except (CorruptFile, TypeError):
+        ours = False
+    if not ours:
+        raise InvalidInput(
+            f"{str(path)!r} was not written by gradleak: choose another --out, or move it away"
+        )
+
+
+def _prepare_states(
+    settings: AuditSettings,
+    network: torch.nn.Module,
+    dataset: Dataset,
+    division: Split,
+    *,
+    watcher: Watcher,
+) -> dict[str, Broadcast]:
+    return {
+        stage: states.prepare(
+            network,
+            dataset,
+            division.public,
+            stage=stage,
+            weights=states.file_of(settings.weights),
+            seed=derive(settings.seed, "training"),
+            directory=Path(settings.out),
+            progress=lambda step, steps, stage=stage: watcher.preparing(  # type: ignore[misc]
+                f"training {settings.model} to stage {stage}: step {step} of {steps}"
+            ),
+        )
+        for stage in _stages(settings)
+    }
+
+
+def _run(
+    settings: AuditSettings, jobs: Sequence[JobSpec], store: Store, *, watcher: Watcher
+) -> None:
+    """Run the jobs that the store lacks. Jobs that ended in an error get another chance."""
+    left = [j for j in jobs if store.records.get(j.key, {"state": "error"})["state"] == "error"]
+    total = targets_of(jobs)
+    resumed = total - targets_of(left)
+    if not left:
+        return
+    engines = _Engines(store.directory / ENGINES)
+    left = [dataclasses.replace(j, engine=engines.of(j, watcher=watcher)) for j in left]
+    done = float(resumed)
+    shares: dict[str, float] = {}
+
+    def progress(job: JobSpec, share: float) -> None:
+        shares[job.key] = share * len(job.targets)
+        watcher.running(done + sum(shares.values()), total=total, resumed=resumed)
+
+    watcher.running(done, total=total, resumed=resumed)
+    by_key = {job.key: job for job in left}
+    with contextlib.closing(_trials(settings, left, progress=progress)) as trials:
+        for trial in trials:
+            store.append(trial.record, tensors=trial.tensors)
+            key = trial.record["key"]
+            shares.pop(key, None)
+            done += len(by_key[key].targets)
+            watcher.running(done + sum(shares.values()), total=total, resumed=resumed)
+
+
+def _trials(
+    settings: AuditSettings, jobs: Sequence[JobSpec], *, progress: Progress
+) -> Generator[Trial]:
+    workers = settings.workers
+    if workers is None:
+        workers = 1 if jobs[0].device == "cuda" else min(len(jobs), _cores())
+    if workers == 0:
+        return run_here(jobs, progress=progress)
+    return run_in_processes(jobs, workers=min(workers, len(jobs)), progress=progress)
+
+
+class _Engines:
+    """How each attack is vectorised in this run, measured once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, Engine] = read_json(path) if path.exists() else {}
+
+    def of(self, job: JobSpec, *, watcher: Watcher) -> Engine:
+        size = len(job.targets) + (job.spare is not None)
+        kind = "/".join(
+            map(str, (job.attack_spec, job.model, job.data_fingerprint, job.mechanism,
+                      job.local_steps, job.batch_size, size, job.device))
+        )  # fmt: skip
+        if kind not in self._known:
+            watcher.preparing(f"measuring how {job.attack} runs fastest")
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                self._known[kind] = settle_engine(job)
+            finally:
+                torch.set_num_threads(threads)
+            write_whole(self._path, jsonsafe.dumps(self._known, indent=1) + "\n")
+        return self._known[kind]
+
+
+def _result(
+    settings: AuditSettings,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    given: Sequence[str],
+    command: str,
+    seconds: float,
+) -> dict[str, Any]:
+    from gradleak.report.findings import findings, headline
+
+    found = findings(records)
+    conditions = [Condition.parse(text) for text in settings.fail_on]
+    held = {c.text: c.holding(found) for c in conditions}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "gradleak_version": version(),
+        "headline": headline(found),
+        "command": command,
+        "settings": settings.describe(given),
+        "environment": _environment(settings),
+        "seconds": seconds,
+        "fail_on": [
+            {"condition": c.text, "holds": bool(held[c.text]), "findings": held[c.text]}
+            for c in conditions
+        ],
+        "failed": list(dict.fromkeys(r["finding"] for r in records if r["state"] == "error")),
+        "not_tested": not_tested(settings),
+        "findings": found,
+    }
+
+
+def not_tested(settings: AuditSettings) -> list[str]:
+    """What an audit leaves open, in words."""
+    ran = {spec.partition(":")[0] for spec in settings.attack}
+    tried = {part.partition(":")[0] for spec in settings.defense for part in spec.split("+")}
+    unknown = sorted(set(map(str, Fact)) - set(settings.knows))
+    stages = _stages(settings)
+    untried = sorted(DEFENSES.keys() - tried)
+    left = [
+        f"Attacks: {', '.join(sorted(ATTACKS.keys() - ran))}" if ATTACKS.keys() - ran else "",
+        "Attacks that gradleak does not have: a verdict holds for the attacks that were run",
+        f"Protections: {', '.join(untried)}" if untried else "",
+        f"Stages of training other than {', '.join(stages)}",
+        f"Batch sizes other than {', '.join(map(str, settings.batch_size))}",
+        f"Attackers who also know: {', '.join(unknown)}" if unknown else "",
+        "A server that alters what it broadcasts" if settings.server == "honest" else "",
+        "Servers that see only a sum of updates (secure aggregation)",
+        "Attackers who combine several rounds of one client",
+        "Attackers with a learned prior of the data",
+    ]
+    return [text for text in left if text]
+
+
+def _environment(settings: AuditSettings) -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": _cores(),
+        "threads_per_worker": 1,
+        "device": torch.cuda.get_device_name() if device_of(settings) == "cuda" else "cpu",
+    }
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1

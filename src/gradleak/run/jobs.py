@@ -1,0 +1,290 @@
+"""The plan of a run: which jobs there are, and the key that names each of them for ever."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from gradleak import registry
+from gradleak.attacks import ATTACKS
+from gradleak.attacks.parts.objective import Engine
+from gradleak.data import Dataset, Split
+from gradleak.defenses import DEFENSES
+from gradleak.errors import InvalidInput
+from gradleak.run.settings import AuditSettings
+from gradleak.run.states import Broadcast
+from gradleak.types import Fact
+
+LARGEST_GROUP = 8
+"""Targets that one job attacks side by side."""
+
+BANK = 100
+"""Candidates among which a target must be identified, where the data have as many."""
+
+DEFAULT_LOCAL_STEPS = 3
+DEFAULT_LOCAL_LEARNING_RATE = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSpec:
+    """One job: an attack on a group of targets of one finding. Plain values only.
+
+    Attributes:
+        key: names the job by everything that decides its outcome.
+        finding: id of the finding it belongs to.
+        directory: where the run lies.
+        data: name or path of the data set; `data_name` is its public name.
+        data_dir: where data sets lie.
+        data_fingerprint: content of the data set.
+        model: name of the network.
+        stage: training stage.
+        state: file of the broadcast state, relative to `directory`.
+        state_digest: content of the broadcast state.
+        mechanism: id of the mechanism.
+        local_steps: of FedAvg.
+        local_learning_rate: of FedAvg.
+        batch_norm: statistics the client normalises by.
+        batch_size: examples per client.
+        attack: id of the attack; `attack_spec` has every field.
+        defense: id of the protection; `defense_spec` has every field.
+        knows: facts granted.
+        server: server behaviour.
+        seed: of the run.
+        group: number of the group within the finding.
+        targets: numbers of the targets; target t holds examples t·b to (t+1)·b of the private pool.
+        clients: client of each target.
+        spare: a target of another client, attacked for the control alone; None where the group
+            has two clients.
+        bank: examples of the private pool that form the identification bank.
+        device: "cpu" or "cuda".
+        engine: how the attack is vectorised.
+    """
+
+    key: str = ""
+    finding: str
+    directory: str
+    data: str
+    data_name: str
+    data_dir: str | None
+    data_fingerprint: str
+    model: str
+    stage: str
+    state: str
+    state_digest: str
+    mechanism: str
+    local_steps: int | None
+    local_learning_rate: float | None
+    batch_norm: str
+    batch_size: int
+    attack: str
+    attack_spec: str
+    defense: str
+    defense_spec: str
+    knows: tuple[str, ...]
+    server: str
+    seed: int
+    group: int
+    targets: tuple[int, ...]
+    clients: tuple[int, ...]
+    spare: int | None
+    bank: int
+    device: str
+    engine: Engine | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The job as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `to_json`."""
+        lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+        return cls(**(dict(values) | lists))
+
+    def keyed(self) -> Self:
+        """The job with the key that its content gives it.
+
+        Where the run lies and how it is vectorised are no part of what is measured.
+        """
+        content = self.to_json()
+        for name in ("key", "directory", "data", "data_dir", "state", "engine"):
+            del content[name]
+        content["version"] = version()
+        text = json.dumps(content, sort_keys=True)
+        return dataclasses.replace(self, key=hashlib.sha256(text.encode()).hexdigest()[:16])
+
+    def scenario_record(self) -> dict[str, Any]:
+        """What the record says on the scenario."""
+        scenario: dict[str, Any] = {
+            "data": self.data_name,
+            "model": self.model,
+            "stage": self.stage,
+            "mechanism": self.mechanism,
+            "batch_size": self.batch_size,
+            "batch_norm": self.batch_norm,
+        }
+        if self.mechanism == "fedavg":
+            scenario["local_steps"] = self.local_steps
+            scenario["local_learning_rate"] = self.local_learning_rate
+        return scenario
+
+
+def version() -> str:
+    """The installed version of gradleak."""
+    return importlib.metadata.version("gradleak")
+
+
+def derive(seed: int, *names: object) -> int:
+    """A seed of its own for one use, so that no two uses share a stream."""
+    text = "/".join(map(str, (seed, *names)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def attack_spec(spec: str, *, budget: str) -> str:
+    """Complete the notation of an attack with every field; the budget sets those not given.
+
+    Raises:
+        InvalidInput: unknown attack or field, or a value that makes no sense.
+    """
+    attack = registry.build("attack", spec, ATTACKS)
+    name, given = registry.split_spec(spec)
+    by_budget: Mapping[str, Any] = getattr(ATTACKS[name], "budgets", {}).get(budget, {})
+    changes = {field: value for field, value in by_budget.items() if field not in given}
+    return registry.describe(dataclasses.replace(attack, **changes))
+
+
+def defense_spec(spec: str) -> tuple[str, str]:
+    """The ids of a protection ("a+b" for a composition), and its notation with every field.
+
+    Raises:
+        InvalidInput: unknown protection or field, or a value that makes no sense.
+    """
+    layers = [registry.build("defense", part.strip(), DEFENSES) for part in spec.split("+")]
+    ids = "+".join(layer.id for layer in layers)
+    return ids, "+".join(registry.describe(layer) for layer in layers)
+
+
+def device_of(settings: AuditSettings) -> str:
+    """The device a run uses.
+
+    Raises:
+        InvalidInput: CUDA is asked for and absent.
+    """
+    present = torch.cuda.is_available()
+    if settings.device == "cuda" and not present:
+        raise InvalidInput("--device cuda: torch finds no CUDA device here, expected cpu or auto")
+    return "cuda" if present and settings.device != "cpu" else "cpu"
+
+
+def groups(targets: int) -> list[range]:
+    """Divide targets into groups of nearly equal size, at most `LARGEST_GROUP`."""
+    count = -(-targets // LARGEST_GROUP)
+    bounds = [targets * i // count for i in range(count + 1)]
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]
+
+
+def plan(
+    settings: AuditSettings,
+    dataset: Dataset,
+    division: Split,
+    *,
+    states: Mapping[str, Broadcast],
+) -> list[JobSpec]:
+    """All jobs of a run, in the order in which a reader wants their findings.
+
+    Args:
+        settings: what is asked for.
+        dataset: loaded data.
+        division: its private and public halves.
+        states: broadcast state by stage.
+
+    Raises:
+        InvalidInput: an unknown attack or protection, or more targets than there are examples.
+    """
+    targets = settings.resolved_targets
+    clients = settings.clients or targets
+    pool = len(division.clients)
+    attacks = {spec: attack_spec(spec, budget=settings.budget) for spec in settings.attack}
+    defenses = {spec: defense_spec(spec) for spec in settings.defense}
+    fedavg = settings.mechanism == "fedavg"
+    jobs = []
+    for stage, batch_size in _pairs(list(states), settings.batch_size):
+        alone = clients == 1
+        needed = (targets + alone) * batch_size
+        if needed > pool:
+            raise InvalidInput(
+                f"{targets} targets of {batch_size} examples need {needed} private examples: "
+                f"{dataset.name} has {pool}; ask for fewer --targets or a smaller --batch-size"
+            )
+        for defense, (defense_id, full_defense) in defenses.items():
+            for attack, full_attack in attacks.items():
+                mechanism = f"{settings.mechanism}-b{batch_size}"
+                finding = "/".join(
+                    (dataset.name, settings.model, stage, mechanism, defense, attack)
+                )
+                for number, members in enumerate(groups(targets)):
+                    owners = tuple(t % clients for t in members)
+                    jobs.append(
+                        JobSpec(
+                            finding=finding,
+                            directory=settings.out,
+                            data=settings.data,
+                            data_name=dataset.name,
+                            data_dir=settings.data_dir,
+                            data_fingerprint=dataset.fingerprint,
+                            model=settings.model,
+                            stage=stage,
+                            state=states[stage].path,
+                            state_digest=states[stage].digest,
+                            mechanism=settings.mechanism,
+                            local_steps=settings.local_steps or DEFAULT_LOCAL_STEPS
+                            if fedavg
+                            else None,
+                            local_learning_rate=settings.local_learning_rate
+                            or DEFAULT_LOCAL_LEARNING_RATE
+                            if fedavg
+                            else None,
+                            batch_norm=settings.batch_norm,
+                            batch_size=batch_size,
+                            attack=registry.split_spec(attack)[0],
+                            attack_spec=full_attack,
+                            defense=defense_id,
+                            defense_spec=full_defense,
+                            knows=tuple(sorted(set(settings.knows))),
+                            server=settings.server,
+                            seed=settings.seed,
+                            group=number,
+                            targets=tuple(members),
+                            clients=owners,
+                            spare=_spare(owners, members, clients=clients, targets=targets),
+                            bank=min(pool, max(BANK, needed)),
+                            device=device_of(settings),
+                        ).keyed()
+                    )
+    return jobs
+
+
+def adaptive(job: JobSpec) -> bool:
+    """Whether the attacker knows the protection (trivially so where there is none)."""
+    return job.defense == "none" or Fact.MECHANISM in job.knows
+
+
+def _pairs(stages: Sequence[str], sizes: Sequence[int]) -> list[tuple[str, int]]:
+    return [(stage, size) for stage in stages for size in dict.fromkeys(sizes)]
+
+
+def _spare(owners: tuple[int, ...], members: range, *, clients: int, targets: int) -> int | None:
+    """A target of another client for a group that lies within one client."""
+    if len(set(owners)) > 1:
+        return None
+    if clients == 1:
+        return targets
+    return next(t for t in range(targets) if t % clients != owners[0])

@@ -1,0 +1,170 @@
+"""Checks before an attack counts: is the update what the mechanism and its protections claim?
+
+Published code of two protections silently changes nothing, and an objective that is not at its
+floor at the truth measures the auditor's mistake. Each check returns warnings for the record.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gradleak.defenses import Clip, GaussianNoise, LaplaceNoise, TopK, Wrapped, undefended
+from gradleak.scenario import Scenario
+from gradleak.seeding import child
+from gradleak.threat import Truth
+from gradleak.types import ModelState, Observation, Update
+
+_RESIDUAL = 1e-3
+"""Relative residual at the truth that rounding can explain, in float32."""
+
+_SIGMAS = 5.0
+"""A claimed standard deviation is doubted outside this many standard errors (P < 1e-6)."""
+
+
+def preflight(
+    scenario: Scenario, seen: Observation, truth: Truth, *, generator: torch.Generator
+) -> list[str]:
+    """Run every check on one simulated target.
+
+    Args:
+        scenario: what was simulated.
+        seen: what the attacker gets.
+        truth: the auditor's side.
+        generator: the one `simulate` was called with; protections are replayed on its streams.
+    """
+    values = seen.update.values
+    if not all(bool(v.isfinite().all()) for v in values.values()):
+        return ["the update holds non-finite values: no attack on it means anything"]
+    if not any(bool(v.any()) for v in values.values()):
+        return ["the update is zero: nothing can leak, and nothing is shown by an attack on it"]
+    return [
+        *_batch_norm(scenario, seen),
+        *_residual(seen, truth),
+        *_protections(scenario, seen.state, truth, generator=generator),
+    ]
+
+
+def objective_warnings(at_truth: Sequence[float], at_guess: Sequence[float]) -> list[str]:
+    """Doubt an attack's objective that prefers a guess to the truth.
+
+    Args:
+        at_truth: the objective at the true batch of a noiseless update, one per target; nan where
+            there is none. (Noise may well make a guess the better fit.)
+        at_guess: the objective at the mean image with the true labels.
+    """
+    pairs = [(t, g) for t, g in zip(at_truth, at_guess) if math.isfinite(t) and math.isfinite(g)]
+    worse = sum(t >= g for t, g in pairs)
+    if not worse:
+        return []
+    return [
+        f"the attack's objective is no lower at the truth than at the mean image "
+        f"for {worse} of {len(pairs)} targets: it cannot find the truth"
+    ]
+
+
+def merged(warnings: Sequence[Sequence[str]]) -> list[str]:
+    """Every warning once, in order, with the number of targets where it is not all of them."""
+    counts: dict[str, int] = {}
+    for each in warnings:
+        for text in dict.fromkeys(each):
+            counts[text] = counts.get(text, 0) + 1
+    n = len(warnings)
+    return [text if k == n else f"{text} ({k} of {n} targets)" for text, k in counts.items()]
+
+
+def _batch_norm(scenario: Scenario, seen: Observation) -> list[str]:
+    model = seen.state.model
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        return []
+    client = getattr(undefended(scenario.mechanism), "batch_norm", "eval")
+    believed = getattr(undefended(seen.mechanism), "batch_norm", "eval")
+    if client != believed:
+        return [
+            f"the client normalises in {client} mode and the attacker assumes {believed} mode: "
+            "misses show a wrong model of the client, not safety"
+        ]
+    return []
+
+
+def _residual(seen: Observation, truth: Truth) -> list[str]:
+    """The attacker's model of the client, at the true batch, against the update received."""
+    believed = seen.mechanism
+    if not believed.deterministic:
+        return []
+    with torch.no_grad():
+        expected = believed.predict(seen.update, seen.state, truth.batch)
+    size = _norm(seen.update.values)
+    residual = _norm(difference(expected, seen.update)) / size
+    if residual <= _RESIDUAL:
+        return []
+    return [
+        f"the attacker's model of the client misses the update at the truth by {residual:.0%} "
+        "of its norm: the objective does not reach its floor there"
+    ]
+
+
+def _protections(
+    scenario: Scenario, state: ModelState, truth: Truth, *, generator: torch.Generator
+) -> list[str]:
+    """Replay every layer of the onion on equal draws and look at what it alone changed."""
+    warnings = []
+    layer = scenario.mechanism
+    while isinstance(layer, Wrapped):
+        with torch.no_grad():
+            before = layer.inner.sample(state, truth.batch, generator=_stream(generator))
+            after = layer.sample(state, truth.batch, generator=_stream(generator))
+        rule = getattr(layer, "noise", None) or getattr(layer, "rule", None)
+        name = getattr(rule, "id", type(layer).__name__)
+        change = torch.cat([v.flatten() for v in difference(after, before).values()]).double()
+        if not bool(change.any()):
+            detail = (
+                f": its norm {_norm(before.values):.3g} is within {rule.norm:g}"
+                if isinstance(rule, Clip)
+                else ""
+            )
+            warnings.append(f"{name} did not change the update{detail}")
+        else:
+            warnings += _statistics(rule, name, before=before, after=after, change=change)
+        layer = layer.inner
+    return warnings
+
+
+def _statistics(
+    rule: object, name: str, *, before: Update, after: Update, change: Tensor
+) -> list[str]:
+    n = change.numel()
+    if isinstance(rule, GaussianNoise | LaplaceNoise):
+        measured = float(change.square().mean().sqrt())
+        # Standard error of a root mean square: std/2 · sqrt((kurtosis − 1) / n).
+        kurtosis = 3.0 if isinstance(rule, GaussianNoise) else 6.0
+        allowed = _SIGMAS * rule.std / 2 * math.sqrt((kurtosis - 1) / n) + 1e-3 * rule.std
+        if abs(measured - rule.std) > allowed:
+            return [f"{name} claims std {rule.std:g} and adds {measured:.3g}"]
+    if isinstance(rule, TopK):
+        kept = sum(int(v.count_nonzero()) for v in after.values.values())
+        most = math.ceil(rule.fraction * n) + len(after.values)
+        if kept > most:
+            return [f"{name} claims to keep {rule.fraction:.3%} and keeps {kept / n:.3%}"]
+    if isinstance(rule, Clip):
+        norm = _norm(after.values)
+        if norm > rule.norm * (1 + 1e-4):
+            return [f"{name} claims norm {rule.norm:g} and sends {norm:.3g}"]
+    return []
+
+
+def difference(a: Update, b: Update) -> dict[str, Tensor]:
+    """Tensor by tensor, a − b."""
+    return {k: a.values[k] - b.values[k] for k in a.values}
+
+
+def _norm(values: object) -> float:
+    assert isinstance(values, dict)
+    return math.sqrt(sum(float(v.double().square().sum()) for v in values.values()))
+
+
+def _stream(generator: torch.Generator) -> torch.Generator:
+    return child(generator, "client/protection")

@@ -1,0 +1,319 @@
+"""`run_trial`: one job in, one record out. It writes nothing and draws from the job's seed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from gradleak import data, metrics
+from gradleak.attacks import attack_all
+from gradleak.attacks import build as build_attack
+from gradleak.attacks.parts.objective import Engine
+from gradleak.attacks.recipe import Recipe
+from gradleak.data import Dataset, Split
+from gradleak.defenses import build as build_defense
+from gradleak.errors import GradleakError, InvalidInput, NotApplicable
+from gradleak.mechanisms import FedAvg, FedSGD
+from gradleak.run.jobs import JobSpec, adaptive, derive
+from gradleak.run.preflight import merged, objective_warnings, preflight
+from gradleak.run.states import broadcast
+from gradleak.run.store import TENSORS
+from gradleak.scenario import Scenario, simulate
+from gradleak.threat import ThreatModel, Truth
+from gradleak.types import (
+    Attack,
+    Batch,
+    DataSpec,
+    Fact,
+    Mechanism,
+    ModelState,
+    Observation,
+    Reconstruction,
+)
+
+SCHEMA_VERSION = 1
+
+_GUESSED = ("diverged", "failed", "no_solution")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a job leaves: a record of plain values, and a safetensors image where it measured."""
+
+    record: dict[str, Any]
+    tensors: bytes | None = None
+
+
+def run_trial(job: JobSpec, *, progress: Callable[[float], None] | None = None) -> Trial:
+    """Simulate the job's targets, attack them, and score every claim.
+
+    An attack that does not apply and an attack that fails are records too.
+
+    Args:
+        job: what to do; with equal jobs all but the seconds are equal.
+        progress: called with the share done, in [0, 1].
+    """
+    started = time.perf_counter()
+    try:
+        trial = _measure(job, progress=progress or (lambda _: None))
+    except NotApplicable as reason:
+        trial = Trial(_record(job, state="not_applicable", reason=_line(reason)))
+    except GradleakError as error:
+        trial = failed(job, _line(error))
+    except Exception as error:  # an attack that breaks must not take the audit with it
+        trial = failed(job, f"{type(error).__name__}: {_line(error)}")
+    trial.record["seconds"] = trial.record["seconds"] or time.perf_counter() - started
+    return trial
+
+
+def failed(job: JobSpec, reason: str) -> Trial:
+    """The record of a job that could not be run."""
+    return Trial(_record(job, state="error", reason=reason))
+
+
+@lru_cache(maxsize=2)
+def load_data(name: str, data_dir: str | None) -> Dataset:
+    """Load a data set once per process."""
+    return data.load(name, data_dir=Path(data_dir) if data_dir else None)
+
+
+def divide(dataset: Dataset, seed: int) -> Split:
+    """The private and public halves of a run."""
+    return data.split(dataset, derive(seed, "split"))
+
+
+def mechanism_of(job: JobSpec) -> Mechanism:
+    """The client of a job: local training under its protections."""
+    core: Mechanism = (
+        FedAvg(
+            steps=job.local_steps,
+            learning_rate=job.local_learning_rate or 0.0,
+            batch_norm=job.batch_norm,  # type: ignore[arg-type]
+        )
+        if job.mechanism == "fedavg"
+        else FedSGD(batch_norm=job.batch_norm)  # type: ignore[arg-type]
+    )
+    return build_defense(job.defense_spec)(core)
+
+
+def settle_engine(job: JobSpec) -> Engine:
+    """Measure how a job's attack is vectorised best, without attacking.
+
+    A run measures once and remembers: rounding differs between engines, and a resumed run must
+    end where an uninterrupted one does.
+    """
+    attack = build_attack(job.attack_spec)
+    if not isinstance(attack, Recipe):
+        return "loop"
+    dataset = load_data(job.data, job.data_dir)
+    targets = simulate_targets(job, dataset, divide(dataset, job.seed))
+    try:
+        return attack.settle_engine([t.seen for t in targets])
+    except Exception:  # the trial itself will say what is wrong
+        return "loop"
+
+
+@dataclass(frozen=True)
+class _Target:
+    scenario: Scenario
+    seen: Observation
+    truth: Truth
+    generator: torch.Generator
+
+
+def simulate_targets(job: JobSpec, dataset: Dataset, division: Split) -> list[_Target]:
+    """Play the clients of a job, the spare one last.
+
+    A client's draws depend on the run's seed and on its number alone, so that every attack and
+    every protection meets the same batches: comparisons are paired.
+    """
+    state: ModelState = broadcast(
+        Path(job.directory) / job.state, job.model, dataset.spec, job.device
+    )
+    mechanism = mechanism_of(job)
+    threat = ThreatModel(
+        knows=frozenset(Fact(fact) for fact in job.knows),
+        server=job.server,  # type: ignore[arg-type]
+    )
+    spare = [] if job.spare is None else [(job.spare, -1)]
+    targets = []
+    for target, client in [*zip(job.targets, job.clients), *spare]:
+        first = target * job.batch_size
+        scenario = Scenario(
+            data=dataset,
+            model=state,
+            mechanism=mechanism,
+            threat=threat,
+            batch_size=job.batch_size,
+            indices=division.clients[first : first + job.batch_size],
+            client=client,
+        )
+        generator = torch.Generator().manual_seed(derive(job.seed, "client", target))
+        seen, truth = simulate(scenario, generator=generator)
+        targets.append(_Target(scenario, seen, truth, generator))
+    return targets
+
+
+def _measure(job: JobSpec, *, progress: Callable[[float], None]) -> Trial:
+    dataset = load_data(job.data, job.data_dir)
+    if dataset.fingerprint != job.data_fingerprint:
+        raise InvalidInput(f"data {job.data!r} changed while the audit was running")
+    division = divide(dataset, job.seed)
+    bank = dataset.batch(division.clients[: job.bank]).inputs
+    public = dataset.batch(division.public)
+    attack = build_attack(job.attack_spec)
+    targets = simulate_targets(job, dataset, division)
+    attacked = targets[: len(job.targets)]
+    warnings = merged(
+        [preflight(t.scenario, t.seen, t.truth, generator=t.generator) for t in attacked]
+    )
+
+    started = time.perf_counter()
+    claims = attack_all(
+        attack,
+        [t.seen for t in targets],
+        seed=derive(job.seed, "attack", job.group),
+        engine=job.engine or "auto",
+        progress=lambda done, total: progress(done / max(total, 1)),
+    )
+    seconds = time.perf_counter() - started
+
+    labels_known = Fact.LABELS in job.knows
+    entries, pictures, at_truth, at_guess = [], [], [], []
+    for i, (target, claim) in enumerate(zip(attacked, claims)):
+        truth = _on_cpu(target.truth.batch)
+        unrelated = _on_cpu(claims[_control(job, i)].batch)
+        guesses = metrics.baselines(public, truth, labels_known=labels_known, spec=dataset.spec)
+        objective = _objective(attack, target.seen)
+        at_truth.append(objective(target.truth.batch))
+        at_guess.append(
+            objective(
+                Batch(
+                    guesses["mean_image"].inputs.to(target.truth.batch.inputs),
+                    target.truth.batch.labels,
+                )
+            )
+        )
+
+        def scores(guess: Batch, truth: Batch = truth) -> dict[str, list[float]]:
+            return metrics.score(guess, truth, bank=bank, spec=dataset.spec)
+
+        entries.append(
+            {
+                "client": job.clients[i],
+                "target": job.targets[i],
+                "status": claim.status,
+                "message": claim.message,
+                "objective": claim.objective,
+                "objective_at_truth": at_truth[-1],
+                "evaluations": claim.evaluations,
+                "scores": scores(_on_cpu(claim.batch)),
+                "control": scores(unrelated),
+                "baselines": {name: scores(guess) for name, guess in guesses.items()},
+            }
+        )
+        best_guess = guesses.get("class_mean", guesses["mean_image"])
+        pictures.append(_pictures(claim, truth, unrelated, best_guess, dataset.spec))
+    if targets[0].seen.mechanism.deterministic:
+        warnings += objective_warnings(at_truth, at_guess)
+    record = _record(job, state="measured", reason=None) | {
+        "seconds": seconds,
+        "gradient_evaluations": sum(c.evaluations for c in claims[: len(attacked)]),
+        "engine": claims[0].engine,
+        "warnings": warnings,
+        "bank_size": len(bank),
+        "tensors": f"{TENSORS}/{job.key}.safetensors",
+        "targets": entries,
+    }
+    stacked = {k: torch.stack([p[k] for p in pictures]).contiguous() for k in pictures[0]}
+    return Trial(record, safetensors.torch.save(stacked))
+
+
+def _record(job: JobSpec, *, state: str, reason: str | None) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "key": job.key,
+        "finding": job.finding,
+        "state": state,
+        "reason": reason,
+        "scenario": job.scenario_record(),
+        "threat": {"server": job.server, "view": "client", "knows": list(job.knows)},
+        "attack": job.attack,
+        "attack_spec": job.attack_spec,
+        "defense": job.defense,
+        "defense_spec": job.defense_spec,
+        "adaptive": adaptive(job),
+        "seed": job.seed,
+        "group": job.group,
+        "seconds": 0.0,
+        "gradient_evaluations": 0,
+        "engine": job.engine or "",
+        "warnings": [],
+        "bank_size": job.bank,
+        "tensors": None,
+        "targets": [],
+    }
+
+
+def _control(job: JobSpec, i: int) -> int:
+    """Which claim of the group serves target i as control: the next one of another client."""
+    n = len(job.targets)
+    others = ((i + step) % n for step in range(1, n))
+    return next((j for j in others if job.clients[j] != job.clients[i]), n)
+
+
+def _objective(attack: Attack, seen: Observation) -> Callable[[Batch], float]:
+    """The attack's own objective, for the auditor; nan where it has none that applies."""
+    build = getattr(attack, "objective", None)
+    if build is None:
+        return lambda _: math.nan
+    try:
+        objective = build(seen)
+        return lambda batch: float(objective(batch))
+    except (GradleakError, NotImplementedError):
+        return lambda _: math.nan
+
+
+def _on_cpu(batch: Batch) -> Batch:
+    return Batch(batch.inputs.detach().cpu(), batch.labels.detach().cpu())
+
+
+def _pictures(
+    claim: Reconstruction, truth: Batch, unrelated: Batch, guess: Batch, spec: DataSpec
+) -> dict[str, Tensor]:
+    """What the report shows of one target, aligned with its truth."""
+    claimed = _on_cpu(claim.batch)
+    shown = guess if claim.status in _GUESSED and not _finite(claimed) else claimed
+    order = metrics.align(shown, truth)
+    labels = torch.where(order == metrics.MISSING, -1, shown.classes[order.clamp(min=0)])
+    return {
+        "truth": truth.inputs.float(),
+        "claim": metrics.matched(shown, truth, bounds=spec.bounds)[0].float(),
+        "control": metrics.matched(unrelated, truth, bounds=spec.bounds)[0].float(),
+        "baseline": guess.inputs.float(),
+        "labels": truth.classes.long(),
+        "claim_labels": labels.long(),
+    }
+
+
+def _finite(batch: Batch) -> bool:
+    return bool(batch.inputs.isfinite().all())
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text[:400] or type(error).__name__
+
+
+def targets_of(jobs: Sequence[JobSpec]) -> int:
+    """Number of trials in some jobs."""
+    return sum(len(job.targets) for job in jobs)
