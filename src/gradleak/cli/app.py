@@ -245,8 +245,9 @@ def run(arguments: Sequence[str]) -> int:
     except (OSError, MemoryError, RecursionError) as error:
         return _complain(str(error) or type(error).__name__)
     except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    if status == INTERRUPTED:  # some versions of typer make an interrupt a status themselves
         typer.echo("interrupted: what was done is kept, the same command resumes", err=True)
-        return INTERRUPTED
     return status if isinstance(status, int) else DONE
 
 

@@ -121,7 +121,7 @@ class AuditSettings:
             raise InvalidInput("--stage is empty: expected at least one")
         for fact in self.knows:
             if fact not in set(Fact):
-                raise InvalidInput(f"--knows {fact!r}: {nearest(fact, set(Fact))}")
+                raise InvalidInput(f"--knows {fact!r}: {nearest(fact, map(str, Fact))}")
         if self.clients is not None and self.clients > self.resolved_targets:
             raise InvalidInput(
                 f"--clients {self.clients} contradicts --targets {self.resolved_targets}: "

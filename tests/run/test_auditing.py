@@ -1,0 +1,136 @@
+"""The audit in Python: from arguments to result.json, and again from the store."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+
+import gradleak as gl
+from gradleak import jsonsafe
+from gradleak.errors import InvalidInput
+from gradleak.report.schema import validate_result
+from gradleak.run import auditing, trial
+
+SMALL: dict[str, Any] = {
+    "data": "digits",
+    "model": "mlp",
+    "attacks": ["linear-layer", "inverting-gradients:steps=3"],
+    "defenses": ["gaussian-noise:std=0.1"],
+    "targets": 3,
+    "workers": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> gl.LeakageReport:
+    return gl.audit(**SMALL, out=tmp_path_factory.mktemp("audit"), fail_on="psnr_db>60")
+
+
+def test_what_is_written(report: gl.LeakageReport) -> None:
+    result = jsonsafe.loads((report.directory / "result.json").read_text())
+    validate_result(result)
+    assert result["settings"]["given"]["targets"] == 3
+    assert result["settings"]["defaulted"]["budget"] == "quick"
+    assert "Stages of training other than init" in result["not_tested"]
+    assert result["command"].startswith("gradleak audit --data digits --model mlp --attack linear")
+    assert report.page.stat().st_size > 0
+
+
+def test_findings_are_named_and_measured(report: gl.LeakageReport) -> None:
+    assert [f["id"] for f in report.findings] == [
+        f"digits/mlp/init/fedsgd-b1/{defense}/{attack}"
+        for defense in ("none", "gaussian-noise:std=0.1")
+        for attack in ("linear-layer", "inverting-gradients:steps=3")
+    ]
+    exact = report.findings[0]
+    assert exact["verdict"] == "leaks"
+    assert exact["measurements"]["psnr_db"]["value"] > 60
+    assert exact["measurements"]["psnr_db"]["control"] < 20
+    assert report.conditions_met == ["psnr_db>60"]
+
+
+def test_tensors_of_a_job(report: gl.LeakageReport) -> None:
+    (name,) = report.findings[0]["tensors"]
+    tensors = safetensors.torch.load_file(report.directory / name)
+    assert {k: tuple(v.shape) for k, v in tensors.items()} == {
+        "truth": (3, 1, 1, 8, 8),
+        "claim": (3, 1, 1, 8, 8),
+        "control": (3, 1, 1, 8, 8),
+        "baseline": (3, 1, 1, 8, 8),
+        "labels": (3, 1),
+        "claim_labels": (3, 1),
+    }
+    assert (tensors["claim"] - tensors["truth"]).abs().max() < 1e-3
+
+
+def test_the_same_call_resumes(report: gl.LeakageReport, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auditing, "run_here", None)  # nothing is left to run
+    again = gl.audit(**SMALL, out=report.directory, fail_on="psnr_db>60")
+    assert again.findings == report.findings
+
+
+def test_a_broken_attack_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("out of\nluck")
+
+    monkeypatch.setattr(trial, "attack_all", broken)
+    report = gl.audit(**SMALL | {"attacks": "linear-layer"}, out=tmp_path)
+    assert [f["state"] for f in report.findings] == ["error", "error"]
+    assert report.failed == report.findings
+    assert report.findings[0]["reason"] == "RuntimeError: out of luck"
+    assert report.headline == "Nothing could be measured: no attack ran to an end."
+
+
+def test_an_attack_that_does_not_apply(tmp_path: Path) -> None:
+    report = gl.audit(**SMALL | {"knows": "mechanism"}, out=tmp_path)
+    assert {f["state"] for f in report.findings} == {"not_applicable"}
+    assert report.failed == []
+    assert "batch_size" in report.findings[0]["reason"]
+
+
+def test_training_stages_and_batches(tmp_path: Path) -> None:
+    arguments = SMALL | {"stage": ["init", "3"], "batch_size": [1, 2], "targets": 1}
+    report = gl.audit(**arguments | {"attacks": "linear-layer", "defenses": []}, out=tmp_path)
+    assert [f["id"].split("/")[2:4] for f in report.findings] == [
+        ["init", "fedsgd-b1"],
+        ["init", "fedsgd-b2"],
+        ["3", "fedsgd-b1"],
+        ["3", "fedsgd-b2"],
+    ]
+    assert len(list((tmp_path / "tensors").glob("state-*.safetensors"))) == 2
+
+
+def test_given_weights_are_what_is_attacked(tmp_path: Path) -> None:
+    from gradleak import data, models
+
+    network = models.build("mlp", data.load("digits").spec, seed=42)
+    models.save_weights(gl.ModelState.of(network), tmp_path / "w.safetensors")
+    report = gl.audit(
+        **SMALL | {"attacks": "linear-layer", "targets": 1, "weights": tmp_path / "w.safetensors"},
+        out=tmp_path / "out",
+    )
+    assert report.findings[0]["scenario"]["stage"] == "weights"
+    assert report.findings[0]["measurements"]["psnr_db"]["value"] > 60
+
+
+def test_fedavg(tmp_path: Path) -> None:
+    report = gl.audit(
+        **SMALL | {"mechanism": "fedavg", "local_steps": 2, "defenses": []}, out=tmp_path
+    )
+    assert report.findings[0]["scenario"]["local_steps"] == 2
+    assert {f["state"] for f in report.findings} == {"measured"}
+
+
+def test_a_foreign_result_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(json.dumps({"theirs": 1}))
+    with pytest.raises(InvalidInput, match="was not written by gradleak"):
+        gl.audit(**SMALL, out=tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text()) == {"theirs": 1}
+
+
+def test_engines_are_settled_once(report: gl.LeakageReport) -> None:
+    engines = json.loads((report.directory / "engines.json").read_text())
+    assert len(engines) == 2
+    assert set(engines.values()) <= {"vmap", "loop"}
