@@ -35,7 +35,33 @@ _HOMES = {
 }
 _MODULES = ("attacks", "data", "defenses", "metrics", "models")
 
-__all__ = sorted([*_HOMES, *_MODULES, "__version__"])
+__all__ = [
+    "Batch",
+    "DataSpec",
+    "Fact",
+    "FedAvg",
+    "FedSGD",
+    "GradleakError",
+    "InvalidInput",
+    "LeakageReport",
+    "ModelState",
+    "NotApplicable",
+    "Observation",
+    "Reconstruction",
+    "Scenario",
+    "ThreatModel",
+    "Update",
+    "__version__",
+    "attack_all",
+    "attacks",
+    "audit",
+    "data",
+    "defenses",
+    "metrics",
+    "models",
+    "observe",
+    "simulate",
+]
 
 if TYPE_CHECKING:
     from gradleak import attacks, data, defenses, metrics, models

@@ -84,10 +84,9 @@ def convert(text: str, hint: Any, *, where: str) -> Any:
     if hint in (int, float):
         try:
             return hint(text)
-        except ValueError:
-            raise InvalidInput(
-                f"{where}: {text!r} is not valid, expected {'a whole number' if hint is int else 'a number'}"
-            ) from None
+        except (ValueError, OverflowError):
+            expected = "a whole number" if hint is int else "a number"
+            raise InvalidInput(f"{where}: {text!r} is not valid, expected {expected}") from None
     if hint is str:
         return text
     raise InvalidInput(f"{where}: cannot be set from the command line")

@@ -171,7 +171,7 @@ class Mechanism(Protocol):
     """p(update | state, batch): local training and protection as one randomised map.
 
     Laws (tested for every registered mechanism): `mean` is the expectation of `sample`; `log_prob`
-    integrates to one; equal generators give equal samples; noise in distinct tensors is independent.
+    integrates to one; equal generators give equal samples; noise is independent across tensors.
     """
 
     @property

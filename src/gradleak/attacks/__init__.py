@@ -63,18 +63,17 @@ def attack_all(
         NotApplicable: an observation lacks what the attack needs.
     """
     claims: dict[int, Reconstruction] = {}
-    for group in _groups(observations) if isinstance(attack, Recipe) else []:
+    vectorised = isinstance(attack, Recipe)
+    for group in _groups(observations) if vectorised else [[i] for i in range(len(observations))]:
         seen = [observations[i] for i in group]
         generators = [target_generator(seed, i) for i in group]
-        found = attack.on_group(seen, generators=generators, engine=engine)
+        if isinstance(attack, Recipe):
+            found = attack.on_group(seen, generators=generators, engine=engine)
+        else:
+            found = [attack(seen[0], generator=generators[0])]
         claims.update(zip(group, found, strict=True))
         if progress:
             progress(len(claims), len(observations))
-    for i, observation in enumerate(observations):
-        if i not in claims:
-            claims[i] = attack(observation, generator=target_generator(seed, i))
-            if progress:
-                progress(len(claims), len(observations))
     return [claims[i] for i in range(len(observations))]
 
 

@@ -43,7 +43,7 @@ class TopK:
         if self.scope == "tensor":
             return {k: self._keep(v.flatten()).reshape(v.shape) for k, v in values.items()}
         flat = self._keep(torch.cat([v.flatten() for v in values.values()]))
-        parts = flat.split([v.numel() for v in values.values()])
+        parts = torch.split(flat, [v.numel() for v in values.values()])
         return {k: p.reshape(v.shape) for (k, v), p in zip(values.items(), parts, strict=True)}
 
     def _keep(self, flat: Tensor) -> Tensor:

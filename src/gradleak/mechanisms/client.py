@@ -39,12 +39,36 @@ def template(model: nn.Module, batch_norm: BatchNormMode) -> nn.Module:
     if batch_norm not in known:
         clone = copy.deepcopy(model).eval().requires_grad_(False)
         if batch_norm == "train":
-            for layer in clone.modules():
+            for name, layer in list(clone.named_modules()):
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                    layer.track_running_stats = False
-                    layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+                    own = _OwnStatistics(layer)
+                    if not name:
+                        clone = own
+                    else:
+                        clone.set_submodule(name, own)
         known[batch_norm] = clone
     return known[batch_norm]
+
+
+class _OwnStatistics(nn.Module):
+    """Batch normalisation by the batch at hand, spelled out.
+
+    PyTorch's fused layer gives wrong second derivatives under `vmap` when it uses batch statistics
+    (seen in 2.13), and writes to running estimates.
+    """
+
+    def __init__(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        dims = [d for d in range(x.ndim) if d != 1]
+        variance, mean = torch.var_mean(x, dims, unbiased=False, keepdim=True)
+        out = (x - mean) * torch.rsqrt(variance + self.eps)
+        if self.weight is None:
+            return out
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        return out * self.weight.reshape(shape) + self.bias.reshape(shape)
 
 
 def client_gradient(
@@ -93,7 +117,7 @@ def batch_norm_statistics(state: ModelState, inputs: Tensor) -> dict[str, tuple[
     handles = [
         layer.register_forward_pre_hook(record(name))
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        if isinstance(layer, _OwnStatistics)
     ]
     if not handles:
         return {}

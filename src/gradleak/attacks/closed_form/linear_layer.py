@@ -1,4 +1,4 @@
-"""The input of a first linear layer with bias, exactly (Phong et al., 2017; Geiping et al., 2020)."""
+"""The exact input of a first linear layer with bias (Phong et al., 2017)."""
 
 from __future__ import annotations
 

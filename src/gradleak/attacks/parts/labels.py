@@ -49,9 +49,10 @@ def idlg(seen: Observation) -> Tensor:
 
 
 def sign_counts(seen: Observation) -> Tensor:
-    """Labels of a batch by signs, then by repeated removal of 1/B from the most negative class.
+    """Labels of a batch: one for every negative class, then 1/B at a time from the lowest signal.
 
-    Exact for the number of each class where predictions are near uniform (an untrained network).
+    The signs are certain for hard labels; the counts are exact as far as mean predictions are
+    uniform (an untrained network), as in LLG (Wainakh et al., 2022) with the impact 1/B.
 
     Returns:
         (b,) int64, ascending.
@@ -67,11 +68,11 @@ def sign_counts(seen: Observation) -> Tensor:
         raise NotApplicable("label counts: the head's gradient is zero")
     head_has_bias = seen.update.values[list(seen.update.values)[-1]].ndim == 1
     step = 1 / size if head_has_bias else float(-signal[signal < 0].sum()) / size
-    found = []
-    for _ in range(size):
-        label = int(signal.argmin())
-        found.append(label)
-        signal[label] += step
+    found = signal.argsort()[: min(size, int((signal < 0).sum()))].tolist()
+    signal[found] += step
+    while len(found) < size:
+        found.append(int(signal.argmin()))
+        signal[found[-1]] += step
     return torch.tensor(sorted(found), dtype=torch.int64)
 
 

@@ -202,7 +202,7 @@ class _Curvature:
 
 def _unflatten(points: Vector, like: Variables) -> dict[str, Tensor]:
     sizes = [v[0].numel() for v in like.values()]
-    parts = torch.from_numpy(points).split(sizes, 1)
+    parts = torch.split(torch.from_numpy(points), sizes, 1)
     return {
         k: part.reshape(len(points), *v.shape[1:]).to(v)
         for (k, v), part in zip(like.items(), parts, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -69,4 +70,4 @@ class Matching:
     def norm(self, target: int) -> float:
         """L2 norm of the update received from `target`."""
         squares = [float((v.double() ** 2).sum()) for v in self.received[target].values()]
-        return sum(squares) ** 0.5
+        return math.sqrt(sum(squares))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -94,7 +94,6 @@ def calibrated(objective: Objective, variables: Variables) -> Engine:
     trials = list(range(len(objective.targets)))
     if len(trials) == 1 or objective.trials_at_once == 1:
         return "loop"
-    from dataclasses import replace
 
     def seconds(engine: Engine, count: int) -> float:
         candidate = replace(objective, engine=engine)

@@ -1,4 +1,4 @@
-"""Searches over all trials at once. Diverged and finished trials are frozen, never their neighbours.
+"""Searches over all trials at once; a diverged trial is frozen, never its neighbours.
 
 A search returns, for every trial, the best iterate it *scored*, not the one after it.
 """

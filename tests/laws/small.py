@@ -1,0 +1,70 @@
+"""Networks and batches small enough for laws to be checked by brute force."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gradleak.types import Batch, DataSpec, ModelState
+
+SPEC = DataSpec.image((1, 4, 4), 3)
+
+
+class TwoTwins(nn.Module):
+    """A network whose hidden layers have equal shapes: twins that must not share noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 4)
+        self.twin = nn.Linear(4, 4)
+        self.other_twin = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x.flatten(1)))
+        return self.head(torch.tanh(self.other_twin(torch.tanh(self.twin(h)))))
+
+
+class OneWeight(nn.Module):
+    """logits = (w x, 0): an update of one number, so that densities integrate by quadrature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.7]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.w * x.flatten(1).sum(1, keepdim=True)
+        return torch.cat([product, torch.zeros_like(product)], 1)
+
+
+class Normalised(nn.Module):
+    """A convolution with batch normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+        self.head = nn.Linear(48, 3)
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.conv(x))).flatten(1))
+
+
+def state_of(network: type[nn.Module], *, seed: int = 0) -> ModelState:
+    """A float64 state of a freshly initialised network, leaving the global generator alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ModelState.of(network()).to(torch.float64)
+
+
+def batch_of(size: int, *, seed: int = 0, classes: int = 3) -> Batch:
+    """A random float64 batch inside the box."""
+    stream = torch.Generator().manual_seed(seed)
+    inputs = torch.rand((size, 1, 4, 4), generator=stream, dtype=torch.float64)
+    return Batch(inputs, torch.randint(classes, (size,), generator=stream))
+
+
+def stream(seed: int) -> torch.Generator:
+    """A generator with a seed."""
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,243 @@
+"""Laws of every mechanism under every protection; a new file in either package is tested here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from gradleak.defenses import DEFENSES, GaussianNoise, LaplaceNoise, TopK, Wrapped, undefended
+from gradleak.errors import IntractableLikelihood
+from gradleak.mechanisms import MECHANISMS, FedAvg, FedSGD
+from gradleak.threat import rebased
+from gradleak.types import Batch, Mechanism, ModelState, Update
+from tests.laws.small import OneWeight, TwoTwins, batch_of, state_of, stream
+
+CORES: dict[str, Mechanism] = {name: kind() for name, kind in MECHANISMS.items()} | {
+    "fedavg-3-steps": FedAvg(steps=3, learning_rate=0.1),
+    "fedavg-shuffled": FedAvg(minibatch_size=1, order="shuffled", learning_rate=0.5),
+}
+SUBJECTS = {
+    f"{defense}({core})": DEFENSES[defense]()(CORES[core])
+    for defense, core in product(DEFENSES, CORES)
+}
+ALPHA = 1e-6
+"""Probability that a correct mechanism fails one statistical law, over all its coordinates."""
+
+
+@pytest.fixture(scope="module")
+def state() -> ModelState:
+    return state_of(TwoTwins)
+
+
+@pytest.fixture(params=SUBJECTS, scope="module")
+def mechanism(request: pytest.FixtureRequest) -> Mechanism:
+    return SUBJECTS[request.param]
+
+
+def flat(update: Update) -> Tensor:
+    return torch.cat([v.flatten() for v in update.values.values()])
+
+
+def test_update_has_the_names_shapes_and_kind_of_the_parameters(
+    mechanism: Mechanism, state: ModelState
+) -> None:
+    update = mechanism.sample(state, batch_of(2), generator=stream(0))
+    assert update.kind == mechanism.kind
+    assert {k: v.shape for k, v in update.values.items()} == {
+        k: v.shape for k, v in state.params.items()
+    }
+
+
+def test_equal_generators_give_equal_samples(mechanism: Mechanism, state: ModelState) -> None:
+    batch = batch_of(3)
+    first, again, other = (
+        flat(mechanism.sample(state, batch, generator=stream(seed))) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert torch.equal(first, other) == mechanism.deterministic
+
+
+def assert_mean(
+    mechanism: Mechanism, state: ModelState, batch: Batch, *, draws: int, alpha: float = ALPHA
+) -> None:
+    """H0: `mean` is the expectation of `sample`. z-test per coordinate, Bonferroni at `alpha`."""
+    mean = flat(mechanism.mean(state, batch))
+    generator = stream(3)
+    samples = torch.stack(
+        [flat(mechanism.sample(state, batch, generator=generator)) for _ in range(draws)]
+    )
+    error = samples.std(0) / draws**0.5
+    gap = (samples.mean(0) - mean).abs()
+    limit = stats.norm.isf(alpha / 2 / mean.numel())
+    assert bool((gap <= limit * error + 1e-12).all())
+
+
+def test_mean_is_the_expectation_of_sample(mechanism: Mechanism, state: ModelState) -> None:
+    batch = batch_of(2)
+    try:
+        mechanism.mean(state, batch)
+    except IntractableLikelihood:
+        assert not mechanism.deterministic
+        return
+    assert_mean(mechanism, state, batch, draws=2 if mechanism.deterministic else 200)
+
+
+@dataclass(frozen=True)
+class Biased(Wrapped):
+    """A fault: the mean it declares forgets a third of its noise's standard deviation."""
+
+    def mean(self, state: ModelState, batch: Batch) -> Update:
+        return self.inner.mean(state, batch)
+
+    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
+        noisy = GaussianNoise(std=0.03)(self.inner).sample(state, batch, generator=generator)
+        return Update({k: v + 0.01 for k, v in noisy.values.items()}, noisy.kind)
+
+
+def test_a_biased_mean_is_found(state: ModelState) -> None:
+    with pytest.raises(AssertionError):
+        assert_mean(Biased(FedSGD()), state, batch_of(2), draws=200)
+
+
+def test_predict_at_the_true_batch_is_the_update_received(
+    mechanism: Mechanism, state: ModelState
+) -> None:
+    batch = batch_of(3)
+    received = mechanism.sample(state, batch, generator=stream(5))
+    predicted = mechanism.predict(received, state, batch)
+    if mechanism.deterministic:
+        torch.testing.assert_close(flat(predicted), flat(received), rtol=1e-12, atol=1e-14)
+    else:
+        assert predicted.values.keys() == received.values.keys()
+
+
+def test_predict_is_differentiable_in_inputs_and_soft_labels(
+    mechanism: Mechanism, state: ModelState
+) -> None:
+    batch = batch_of(2)
+    received = mechanism.sample(state, batch, generator=stream(5))
+    weights = torch.randn(flat(received).shape, generator=stream(6), dtype=torch.float64)
+
+    def scalar(inputs: Tensor, logits: Tensor) -> Tensor:
+        claim = Batch(inputs, logits.softmax(1))
+        return flat(mechanism.predict(received, state, claim)) @ weights
+
+    logits = torch.zeros((2, 3), dtype=torch.float64, requires_grad=True)
+    inputs = batch.inputs.clone().requires_grad_()
+    gradients = torch.autograd.grad(scalar(inputs, logits), (inputs, logits))
+    for gradient, leaf in zip(gradients, (inputs, logits), strict=True):
+        assert gradient.abs().sum() > 0
+        direction = torch.randn(leaf.shape, generator=stream(7), dtype=torch.float64)
+        step = 1e-6 * direction
+        moved = [
+            (inputs + s * step, logits) if leaf is inputs else (inputs, logits + s * step)
+            for s in (1, -1)
+        ]
+        with torch.no_grad():
+            numeric = (scalar(*moved[0]) - scalar(*moved[1])) / 2e-6
+        torch.testing.assert_close((gradient * direction).sum(), numeric, rtol=2e-5, atol=1e-8)
+
+
+def test_log_prob_integrates_to_one(mechanism: Mechanism) -> None:
+    state, batch = state_of(OneWeight), batch_of(1, classes=2)
+    received = mechanism.sample(state, batch, generator=stream(0))
+    try:
+        mechanism.log_prob(received, state, batch)
+    except IntractableLikelihood:
+        return
+    mean = flat(mechanism.mean(state, batch))
+    grid = torch.linspace(-0.1, 0.1, 601, dtype=torch.float64)
+    density = [
+        float(mechanism.log_prob(Update({"w": mean + u}, mechanism.kind), state, batch).exp())
+        for u in grid
+    ]
+    assert float(torch.trapezoid(torch.tensor(density), grid)) == pytest.approx(1, abs=1e-3)
+
+
+def test_score_has_mean_zero(mechanism: Mechanism, state: ModelState) -> None:
+    """H0: E[∂ log p(u | x) / ∂x] = 0 under u ~ sample; n = 200, z-test, Bonferroni at ALPHA."""
+    batch, generator, draws = batch_of(1), stream(8), 200
+    scores = []
+    for _ in range(draws):
+        update = mechanism.sample(state, batch, generator=generator)
+        inputs = batch.inputs.clone().requires_grad_()
+        try:
+            value = mechanism.log_prob(update, state, Batch(inputs, batch.labels))
+        except IntractableLikelihood:
+            return
+        scores.append(torch.autograd.grad(value, inputs)[0].flatten())
+    stacked = torch.stack(scores)
+    z = stacked.mean(0) / (stacked.std(0) / draws**0.5)
+    assert float(z.abs().max()) < stats.norm.isf(ALPHA / 2 / z.numel())
+
+
+def assert_leaves_uncorrelated(mechanism: Mechanism, state: ModelState, *, draws: int) -> None:
+    """H0: noise of equally shaped tensors is uncorrelated; z-test of the pooled products."""
+    batch, generator = batch_of(1), stream(9)
+    mean = mechanism.mean(state, batch).values
+    products = []
+    for _ in range(draws):
+        values = mechanism.sample(state, batch, generator=generator).values
+        first, second = (values[k] - mean[k] for k in ("twin.weight", "other_twin.weight"))
+        products.append((first * second).sum())
+    stacked = torch.stack(products)
+    assert stacked.std() > 0
+    assert abs(float(stacked.mean() / (stacked.std() / draws**0.5))) < stats.norm.isf(ALPHA / 2)
+
+
+@pytest.mark.parametrize("noise", [GaussianNoise(0.1), LaplaceNoise(0.1)], ids=lambda n: n.id)
+def test_noise_in_distinct_tensors_is_uncorrelated(
+    noise: GaussianNoise | LaplaceNoise, state: ModelState
+) -> None:
+    assert_leaves_uncorrelated(noise(FedSGD()), state, draws=400)
+
+
+@dataclass(frozen=True)
+class OneSeedForAll(Wrapped):
+    """A fault seen in published code: every tensor gets the noise of the same generator state."""
+
+    def mean(self, state: ModelState, batch: Batch) -> Update:
+        return self.inner.mean(state, batch)
+
+    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
+        clean = self.inner.sample(state, batch, generator=generator)
+        seed = int(torch.randint(2**31, (), generator=generator))
+        noise = GaussianNoise(0.1)
+        noisy = {k: v + noise.draw(v, stream(seed)) for k, v in clean.values.items()}
+        return Update(noisy, clean.kind)
+
+
+def test_shared_noise_is_found(state: ModelState) -> None:
+    with pytest.raises(AssertionError):
+        assert_leaves_uncorrelated(OneSeedForAll(FedSGD()), state, draws=400)
+
+
+@pytest.mark.parametrize("noise", [GaussianNoise(0.2), LaplaceNoise(0.2)], ids=lambda n: n.id)
+def test_noise_has_the_standard_deviation_it_names(noise: GaussianNoise | LaplaceNoise) -> None:
+    """n = 200 000 draws; the sample variance's relative error is √(κ−1)/√n; α = 1e-6."""
+    draws = noise.draw(torch.zeros(200_000, dtype=torch.float64), stream(10))
+    kurtosis = 3 if isinstance(noise, GaussianNoise) else 6
+    tolerance = stats.norm.isf(ALPHA / 2) * ((kurtosis - 1) / draws.numel()) ** 0.5
+    assert float(draws.var() / noise.std**2) == pytest.approx(1, abs=tolerance)
+    reference = stats.norm(scale=0.2) if kurtosis == 3 else stats.laplace(scale=0.2 / 2**0.5)
+    assert stats.kstest(draws[:20_000].numpy(), reference.cdf).pvalue > ALPHA
+
+
+@pytest.mark.parametrize("identity", [GaussianNoise(0.0), LaplaceNoise(0.0), TopK(1.0)])
+def test_identity_parameters_change_nothing(identity: GaussianNoise | TopK) -> None:
+    core = FedSGD()
+    assert identity(core) is core
+
+
+def test_peeling_reaches_the_core_and_rebasing_keeps_the_onion(mechanism: Mechanism) -> None:
+    core = undefended(mechanism)
+    assert not isinstance(core, Wrapped)
+    changed = rebased(mechanism, batch_norm="train")
+    assert undefended(changed) == replace(core, batch_norm="train")  # type: ignore[type-var]
+    assert type(changed) is type(mechanism)
+    assert undefended(mechanism) == core
