@@ -9,7 +9,7 @@ import torch
 from gradleak import data, models
 from gradleak.defenses import build as build_defense
 from gradleak.mechanisms import FedAvg, FedSGD
-from gradleak.run.preflight import merged, objective_warnings, preflight
+from gradleak.run.preflight import Doubt, merged, objective_warnings, preflight
 from gradleak.scenario import Scenario, simulate
 from gradleak.threat import ThreatModel
 from gradleak.types import Exchange, Fact, Mechanism, ModelState, Observation, Update
@@ -34,7 +34,7 @@ def check(
     )
     generator = torch.Generator().manual_seed(0)
     seen, truth = simulate(scenario, generator=generator)
-    return preflight(scenario, spoil(seen), truth, generator=generator)
+    return merged([preflight(scenario, spoil(seen), truth, generator=generator)])
 
 
 @pytest.mark.parametrize(
@@ -119,4 +119,5 @@ def test_an_objective_that_prefers_a_guess() -> None:
 
 
 def test_warnings_are_merged() -> None:
-    assert merged([["a", "b"], ["a"]]) == ["a", "b (1 of 2 targets)"]
+    doubts = [[Doubt("a {:.0%} off", 0.1), Doubt("b")], [Doubt("a {:.0%} off", 0.3)]]
+    assert merged(doubts) == ["a 10% to 30% off", "b (1 of 2 targets)"]

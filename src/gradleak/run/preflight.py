@@ -1,13 +1,15 @@
 """Checks before an attack counts: is the update what the mechanism and its protections claim?
 
 Published code of two protections silently changes nothing, and an objective that is not at its
-floor at the truth measures the auditor's mistake. Each check returns warnings for the record.
+floor at the truth measures the auditor's mistake. What is wrong goes into the record as a warning.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +27,16 @@ _SIGMAS = 5.0
 """A claimed standard deviation is doubted outside this many standard errors (P < 1e-6)."""
 
 
+class Doubt(NamedTuple):
+    """One thing that is not as claimed: a text with at most one format field, and its value."""
+
+    text: str
+    value: float = math.nan
+
+
 def preflight(
     scenario: Scenario, seen: Observation, truth: Truth, *, generator: torch.Generator
-) -> list[str]:
+) -> list[Doubt]:
     """Run every check on one simulated target.
 
     Args:
@@ -38,9 +47,9 @@ def preflight(
     """
     values = seen.update.values
     if not all(bool(v.isfinite().all()) for v in values.values()):
-        return ["the update holds non-finite values: no attack on it means anything"]
+        return [Doubt("the update holds non-finite values: no attack on it means anything")]
     if not any(bool(v.any()) for v in values.values()):
-        return ["the update is zero: nothing can leak, and nothing is shown by an attack on it"]
+        return [Doubt("the update is zero: nothing can leak, and no attack on it shows anything")]
     return [
         *_batch_norm(scenario, seen),
         *_residual(seen, truth),
@@ -66,17 +75,30 @@ def objective_warnings(at_truth: Sequence[float], at_guess: Sequence[float]) -> 
     ]
 
 
-def merged(warnings: Sequence[Sequence[str]]) -> list[str]:
-    """Every warning once, in order, with the number of targets where it is not all of them."""
-    counts: dict[str, int] = {}
-    for each in warnings:
-        for text in dict.fromkeys(each):
-            counts[text] = counts.get(text, 0) + 1
-    n = len(warnings)
-    return [text if k == n else f"{text} ({k} of {n} targets)" for text, k in counts.items()]
+def merged(doubts: Sequence[Sequence[Doubt]]) -> list[str]:
+    """Every doubt once, in words, with the range of its values.
+
+    Args:
+        doubts: of each target; where not all targets share one, it says how many do.
+    """
+    values: dict[str, list[float]] = {}
+    for of_target in doubts:
+        for doubt in of_target:
+            values.setdefault(doubt.text, []).append(doubt.value)
+    n = len(doubts)
+    warnings = []
+    for text, found in values.items():
+        words = re.sub(r"\{.*?\}", lambda form, found=found: _range(form[0], found), text)  # type: ignore[misc]
+        warnings.append(words if len(found) == n else f"{words} ({len(found)} of {n} targets)")
+    return warnings
 
 
-def _batch_norm(scenario: Scenario, seen: Observation) -> list[str]:
+def _range(form: str, values: Sequence[float]) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _batch_norm(scenario: Scenario, seen: Observation) -> list[Doubt]:
     model = seen.state.model
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         return []
@@ -84,13 +106,15 @@ def _batch_norm(scenario: Scenario, seen: Observation) -> list[str]:
     believed = getattr(undefended(seen.mechanism), "batch_norm", "eval")
     if client != believed:
         return [
-            f"the client normalises in {client} mode and the attacker assumes {believed} mode: "
-            "misses show a wrong model of the client, not safety"
+            Doubt(
+                f"the client normalises in {client} mode and the attacker assumes {believed} "
+                "mode: misses show a wrong model of the client, not safety"
+            )
         ]
     return []
 
 
-def _residual(seen: Observation, truth: Truth) -> list[str]:
+def _residual(seen: Observation, truth: Truth) -> list[Doubt]:
     """The attacker's model of the client, at the true batch, against the update received."""
     believed = seen.mechanism
     if not believed.deterministic:
@@ -102,16 +126,19 @@ def _residual(seen: Observation, truth: Truth) -> list[str]:
     if residual <= _RESIDUAL:
         return []
     return [
-        f"the attacker's model of the client misses the update at the truth by {residual:.0%} "
-        "of its norm: the objective does not reach its floor there"
+        Doubt(
+            "the attacker's model of the client misses the update at the truth by {:.0%} "
+            "of its norm: the objective does not reach its floor there",
+            residual,
+        )
     ]
 
 
 def _protections(
     scenario: Scenario, state: ModelState, truth: Truth, *, generator: torch.Generator
-) -> list[str]:
+) -> list[Doubt]:
     """Replay every layer of the onion on equal draws and look at what it alone changed."""
-    warnings = []
+    doubts = []
     layer = scenario.mechanism
     while isinstance(layer, Wrapped):
         with torch.no_grad():
@@ -122,20 +149,18 @@ def _protections(
         change = torch.cat([v.flatten() for v in difference(after, before).values()]).double()
         if not bool(change.any()):
             detail = (
-                f": its norm {_norm(before.values):.3g} is within {rule.norm:g}"
-                if isinstance(rule, Clip)
-                else ""
+                f": its norm {{:.3g}} is within {rule.norm:g}" if isinstance(rule, Clip) else ""
             )
-            warnings.append(f"{name} did not change the update{detail}")
+            doubts.append(Doubt(f"{name} did not change the update{detail}", _norm(before.values)))
         else:
-            warnings += _statistics(rule, name, before=before, after=after, change=change)
+            doubts += _statistics(rule, name, before=before, after=after, change=change)
         layer = layer.inner
-    return warnings
+    return doubts
 
 
 def _statistics(
     rule: object, name: str, *, before: Update, after: Update, change: Tensor
-) -> list[str]:
+) -> list[Doubt]:
     n = change.numel()
     if isinstance(rule, GaussianNoise | LaplaceNoise):
         measured = float(change.square().mean().sqrt())
@@ -143,16 +168,17 @@ def _statistics(
         kurtosis = 3.0 if isinstance(rule, GaussianNoise) else 6.0
         allowed = _SIGMAS * rule.std / 2 * math.sqrt((kurtosis - 1) / n) + 1e-3 * rule.std
         if abs(measured - rule.std) > allowed:
-            return [f"{name} claims std {rule.std:g} and adds {measured:.3g}"]
+            return [Doubt(f"{name} claims std {rule.std:g} and adds {{:.3g}}", measured)]
     if isinstance(rule, TopK):
         kept = sum(int(v.count_nonzero()) for v in after.values.values())
         most = math.ceil(rule.fraction * n) + len(after.values)
         if kept > most:
-            return [f"{name} claims to keep {rule.fraction:.3%} and keeps {kept / n:.3%}"]
+            claim = f"{name} claims to keep {rule.fraction:.3%} and keeps"
+            return [Doubt(f"{claim} {{:.3%}}", kept / n)]
     if isinstance(rule, Clip):
         norm = _norm(after.values)
         if norm > rule.norm * (1 + 1e-4):
-            return [f"{name} claims norm {rule.norm:g} and sends {norm:.3g}"]
+            return [Doubt(f"{name} claims norm {rule.norm:g} and sends {{:.3g}}", norm)]
     return []
 
 
