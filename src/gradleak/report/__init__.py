@@ -1,0 +1,1 @@
+"""From stored trials to findings, and from findings to a page for people."""

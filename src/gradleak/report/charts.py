@@ -1,0 +1,179 @@
+"""Inline SVG charts: no script, no colour of their own (the style sheet has both schemes).
+
+Every PSNR axis runs from 0 to 60 dB, so that charts of one report, and of two reports, compare by
+eye. A value beyond the axis is drawn at its end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+PSNR_TOP = 60.0
+"""Upper end of every PSNR axis, dB: beyond it images are equal to the eye and to 8 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One position of a trend: a category with the attack's interval and its two references."""
+
+    label: str
+    value: float | None
+    low: float | None
+    high: float | None
+    control: float | None
+    guess: float | None
+
+
+def _x(psnr_db: float, left: float, right: float) -> float:
+    return left + (right - left) * min(max(psnr_db, 0.0), PSNR_TOP) / PSNR_TOP
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and not math.isnan(value)
+
+
+def _svg(width: int, height: int, body: str, *, name: str, css: str) -> Markup:
+    label = f'role="img" aria-label="{escape(name)}"' if name else 'aria-hidden="true"'
+    return Markup(
+        f'<svg class="{css}" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f"{label}>{body}</svg>"
+    )
+
+
+def interval_strip(
+    value: float | None,
+    low: float | None,
+    high: float | None,
+    control: float | None,
+    guess: float | None,
+) -> Markup:
+    """Draw one PSNR interval (dB) with the control and the guess as ticks; text stands beside."""
+    width, height, left, right, middle = 160, 20, 4.0, 156.0, 10.0
+    parts = [f'<path class="axis" d="M{left} {middle}H{right}"/>']
+    for css, tick in (("guess", guess), ("control", control)):
+        if tick is not None and _known(tick):
+            x = _x(tick, left, right)
+            parts.append(f'<path class="line {css}" d="M{x:.1f} 3V17"/>')
+    if value is not None and _known(value):
+        if low is not None and high is not None and _known(low) and _known(high):
+            ends = f"M{_x(low, left, right):.1f} {middle}H{_x(high, left, right):.1f}"
+            parts.append(f'<path class="whisker attack" d="{ends}"/>')
+        parts.append(
+            f'<circle class="dot attack" cx="{_x(value, left, right):.1f}" cy="10" r="4"/>'
+        )
+    return _svg(width, height, "".join(parts), name="", css="strip")
+
+
+def stacked_bar(parts: Sequence[tuple[str, int]], *, name: str) -> Markup:
+    """Draw counts as one bar; `parts` are (class, count), `name` says the same in words."""
+    width, height = 320, 16
+    total = sum(count for _, count in parts)
+    body, x = "", 0.0
+    for css, count in parts:
+        if count:
+            step = width * count / total
+            shown = max(step - 1.5, 1.0)
+            body += f'<rect class="part {css}" x="{x:.1f}" y="0" width="{shown:.1f}" height="16"/>'
+            x += step
+    return Markup(
+        f'<svg class="bar" viewBox="0 0 {width} {height}" preserveAspectRatio="none" '
+        f'role="img" aria-label="{escape(name)}">{body}</svg>'
+    )
+
+
+_LEFT, _RIGHT, _TOP, _BOTTOM, _WIDTH, _HEIGHT = 38.0, 306.0, 12.0, 132.0, 316, 172
+
+
+def risk_curve(
+    attack: Sequence[float],
+    control: Sequence[float],
+    guess: Sequence[float],
+    undefended: Sequence[float] | None,
+    *,
+    name: str,
+) -> Markup:
+    """Draw the share of private images whose PSNR (dB) exceeds x, against both references."""
+    body = _frame([(f"{share} %", 1 - share / 100) for share in (0, 50, 100)])
+    for tick in range(0, int(PSNR_TOP) + 1, 20):
+        x = _x(tick, _LEFT, _RIGHT)
+        anchor = "end" if tick == PSNR_TOP else "middle"
+        body += f'<text x="{x:.0f}" y="{_BOTTOM + 15:.0f}" text-anchor="{anchor}">{tick}</text>'
+    body += (
+        f'<text x="{(_LEFT + _RIGHT) / 2:.0f}" y="{_BOTTOM + 32:.0f}" text-anchor="middle">'
+        "PSNR exceeds (dB)</text>"
+    )
+    body += f'<path class="area" d="{_survival(attack)}V{_BOTTOM}H{_LEFT}Z"/>'
+    if undefended:
+        body += f'<path class="line undefended" d="{_survival(undefended)}"/>'
+    for css, values in (("guess", guess), ("control", control), ("attack", attack)):
+        if values:
+            body += f'<path class="line {css}" d="{_survival(values)}"/>'
+    return _svg(_WIDTH, _HEIGHT, body, name=name, css="plot")
+
+
+def _survival(values: Sequence[float]) -> str:
+    """Path of the share of `values` above x; nan counts in the denominator and exceeds nothing."""
+    height = _BOTTOM - _TOP
+    steps = sorted(v for v in values if not math.isnan(v))
+    share = len(steps) / len(values) if values else 0.0
+    path = f"M{_LEFT} {_BOTTOM - height * share:.1f}"
+    for position, value in enumerate(steps):
+        if value >= PSNR_TOP:
+            break
+        share = (len(steps) - position - 1) / len(values)
+        path += f"H{_x(value, _LEFT, _RIGHT):.1f}V{_BOTTOM - height * share:.1f}"
+    return f"{path}H{_RIGHT}"
+
+
+def trend(points: Sequence[Point], *, name: str) -> Markup:
+    """Draw mean PSNR (dB) with intervals over categories such as training stages."""
+    height = _BOTTOM - _TOP
+
+    def y(psnr_db: float) -> float:
+        return _BOTTOM - height * min(max(psnr_db, 0.0), PSNR_TOP) / PSNR_TOP
+
+    body = _frame([(str(tick), 1 - tick / PSNR_TOP) for tick in range(0, int(PSNR_TOP) + 1, 20)])
+    step = (_RIGHT - _LEFT) / len(points)
+    centres = [_LEFT + step * (position + 0.5) for position in range(len(points))]
+    for x, point in zip(centres, points, strict=True):
+        body += (
+            f'<text x="{x:.0f}" y="{_BOTTOM + 15:.0f}" text-anchor="middle">'
+            f"{escape(point.label)}</text>"
+        )
+    body += (
+        f'<text x="{(_LEFT + _RIGHT) / 2:.0f}" y="{_BOTTOM + 32:.0f}" text-anchor="middle">'
+        "mean PSNR (dB)</text>"
+    )
+    for css, values in (
+        ("guess", [p.guess for p in points]),
+        ("control", [p.control for p in points]),
+        ("attack", [p.value for p in points]),
+    ):
+        known = [
+            (x, v) for x, v in zip(centres, values, strict=True) if v is not None and _known(v)
+        ]
+        if known:
+            path = "L".join(f"{x:.1f} {y(v):.1f}" for x, v in known)
+            body += f'<path class="line {css}" d="M{path}"/>'
+    for x, point in zip(centres, points, strict=True):
+        if point.value is None or not _known(point.value):
+            continue
+        if point.low is not None and point.high is not None and _known(point.low):
+            ends = f"M{x:.1f} {y(point.low):.1f}V{y(point.high):.1f}"
+            body += f'<path class="whisker attack" d="{ends}"/>'
+        body += f'<circle class="dot attack" cx="{x:.1f}" cy="{y(point.value):.1f}" r="4"/>'
+    return _svg(_WIDTH, _HEIGHT, body, name=name, css="plot")
+
+
+def _frame(ticks: Sequence[tuple[str, float]]) -> str:
+    """Horizontal grid lines; a tick is (label, share of the height from the top)."""
+    body = ""
+    for label, share in ticks:
+        y = _TOP + (_BOTTOM - _TOP) * share
+        body += f'<path class="grid" d="M{_LEFT} {y:.1f}H{_RIGHT}"/>'
+        body += f'<text x="{_LEFT - 6:.0f}" y="{y + 4:.0f}" text-anchor="end">{label}</text>'
+    return body

@@ -1,0 +1,46 @@
+"""Charts draw what the numbers say, also where the numbers are not finite."""
+
+from __future__ import annotations
+
+import math
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from gradleak.report import charts
+
+
+def test_the_risk_curve_counts_what_exceeds() -> None:
+    path = charts._survival([10.0, 30.0, math.inf, math.nan])
+    height = charts._BOTTOM - charts._TOP
+    levels = [charts._BOTTOM - height * share for share in (0.75, 0.5, 0.25)]
+    drawn = [float(y) for y in re.findall(r"(?:M[\d.]+ |V)([\d.]+)", path)]
+    assert drawn == pytest.approx(levels)
+    assert path.endswith(f"H{charts._RIGHT}")
+
+
+def test_bars_are_proportional() -> None:
+    svg = ElementTree.fromstring(charts.stacked_bar([("a", 3), ("b", 1)], name="three and one"))
+    widths = [float(part.attrib["width"]) for part in svg]
+    assert widths == pytest.approx([238.5, 78.5])
+    assert svg.attrib["aria-label"] == "three and one"
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf, -5.0, 1e9])
+def test_no_chart_breaks_on_an_unusual_number(value: float | None) -> None:
+    number = math.nan if value is None else value
+    drawn = [
+        charts.interval_strip(value, value, value, value, value),
+        charts.risk_curve([number], [number], [], [number], name="<odd> & name"),
+        charts.trend([charts.Point("a", value, value, value, value, value)] * 2, name="odd"),
+    ]
+    for svg in drawn:
+        ElementTree.fromstring(svg)
+        assert "nan" not in svg
+        assert "inf" not in svg
+
+
+def test_an_interval_open_to_one_side_is_drawn_to_the_end_of_the_axis() -> None:
+    svg = charts.interval_strip(20.0, -math.inf, math.inf, None, None)
+    assert "M4.0 10.0H156.0" in svg
