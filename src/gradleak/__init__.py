@@ -20,7 +20,7 @@ _HOMES = {
     "FedSGD": "gradleak.mechanisms",
     "GradleakError": "gradleak.errors",
     "InvalidInput": "gradleak.errors",
-    "LeakageReport": "gradleak.run",
+    "LeakageReport": "gradleak.auditing",
     "ModelState": "gradleak.types",
     "NotApplicable": "gradleak.errors",
     "Observation": "gradleak.types",
@@ -29,7 +29,7 @@ _HOMES = {
     "ThreatModel": "gradleak.threat",
     "Update": "gradleak.types",
     "attack_all": "gradleak.attacks",
-    "audit": "gradleak.run",
+    "audit": "gradleak.auditing",
     "observe": "gradleak.observation",
     "simulate": "gradleak.scenario",
 }
@@ -66,10 +66,10 @@ __all__ = [
 if TYPE_CHECKING:
     from gradleak import attacks, data, defenses, metrics, models
     from gradleak.attacks import attack_all
+    from gradleak.auditing import LeakageReport, audit
     from gradleak.errors import GradleakError, InvalidInput, NotApplicable
     from gradleak.mechanisms import FedAvg, FedSGD
     from gradleak.observation import observe
-    from gradleak.run import LeakageReport, audit
     from gradleak.scenario import Scenario, simulate
     from gradleak.threat import ThreatModel
     from gradleak.types import (

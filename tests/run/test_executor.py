@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from gradleak.auditing import run_audit
 from gradleak.run import executor
-from gradleak.run.auditing import run_audit
 from gradleak.run.settings import AuditSettings
 
 # The parent builds the network too; only workers, started by `python -c`, may misbehave.

@@ -258,10 +258,10 @@ def main() -> None:
 
 def _audit(given: dict[str, Any], *, one: str | None = None) -> None:
     """Run an audit, or the single attack `one`, and end with the exit status it deserves."""
+    from gradleak.auditing import Unwatched, run_audit
     from gradleak.cli.progress import Bar
     from gradleak.cli.tables import print_report
     from gradleak.run import AuditSettings
-    from gradleak.run.auditing import Unwatched, run_audit
 
     if one is not None:
         given = given | {"attack": [one]}

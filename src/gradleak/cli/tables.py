@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from gradleak.run import LeakageReport
+    from gradleak.auditing import LeakageReport
     from gradleak.run.recorded import Claim
 
 _WIDTH = 120

@@ -10,8 +10,10 @@ labels are known, mean image otherwise); such a target is not identified.
 guess and the control. A target is *solved* when at least half of its images are recovered.
 
 *Misses.* Of a target that ran and is not solved, the attack's own objective at its claim is
-compared with the objective at the truth: worse by more than max(0.1 % of the latter, 1e-9) is
-*optimiser-limited*, otherwise *information-limited*; *unattributed* without two finite objectives.
+compared with the objective at the truth, and so is its matching term alone: where either is worse
+by more than max(0.1 % of the truth's, 1e-9), search or prior fell short of what the update shows
+and the miss is *optimiser-limited*; otherwise it is *information-limited*; *unattributed* without
+two finite objectives.
 
 *"leaks"* when either holds:
   1. recovery: an image is recovered, and the control recovers none, or so few that the
@@ -76,6 +78,8 @@ class _Target:
     message: str
     objective: float
     objective_at_truth: float
+    fit: float
+    fit_at_truth: float
     scores: dict[str, list[float]]
     control: dict[str, list[float]]
     baselines: dict[str, dict[str, list[float]]]
@@ -99,9 +103,15 @@ class _Target:
             return None
         if not (math.isfinite(self.objective) and math.isfinite(self.objective_at_truth)):
             return "unattributed"
-        tolerance = max(1e-3 * abs(self.objective_at_truth), 1e-9)
-        worse = self.objective > self.objective_at_truth + tolerance
-        return "optimiser_limited" if worse else "information_limited"
+        short = _worse(self.objective, self.objective_at_truth) or _worse(
+            self.fit, self.fit_at_truth
+        )
+        return "optimiser_limited" if short else "information_limited"
+
+
+def _worse(claim: float, truth: float) -> bool:
+    """Whether a claim's value exceeds the truth's by more than rounding; False for nan."""
+    return claim > truth + max(1e-3 * abs(truth), 1e-9)
 
 
 def findings(records: Sequence[Mapping[str, Any]]) -> list[Finding]:
@@ -265,6 +275,8 @@ def _targets(record: Mapping[str, Any]) -> list[_Target]:
             message=str(t.get("message") or (broken and record.get("reason")) or ""),
             objective=_number(t.get("objective")),
             objective_at_truth=_number(t.get("objective_at_truth")),
+            fit=_number(t.get("fit")),
+            fit_at_truth=_number(t.get("fit_at_truth")),
             scores=_scores(t.get("scores")),
             control=_scores(t.get("control")),
             baselines={k: _scores(v) for k, v in (t.get("baselines") or {}).items()},

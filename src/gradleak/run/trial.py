@@ -193,7 +193,8 @@ def _measure(job: JobSpec, *, progress: Callable[[float], None]) -> Trial:
         truth = _on_cpu(target.truth.batch)
         unrelated = _on_cpu(claims[_control(job, i)].batch)
         guesses = metrics.baselines(public, truth, labels_known=labels_known, spec=dataset.spec)
-        objective = _objective(attack, target.seen)
+        objective = _auditors_view(attack, "objective", target.seen)
+        fit = _auditors_view(attack, "fit", target.seen)
         at_truth.append(objective(target.truth.batch))
         at_guess.append(
             objective(
@@ -215,6 +216,8 @@ def _measure(job: JobSpec, *, progress: Callable[[float], None]) -> Trial:
                 "message": claim.message,
                 "objective": claim.objective,
                 "objective_at_truth": at_truth[-1],
+                "fit": fit(claim.batch),
+                "fit_at_truth": fit(target.truth.batch),
                 "evaluations": claim.evaluations,
                 "scores": scores(_on_cpu(claim.batch)),
                 "control": scores(unrelated),
@@ -271,14 +274,14 @@ def _control(job: JobSpec, i: int) -> int:
     return next((j for j in others if job.clients[j] != job.clients[i]), n)
 
 
-def _objective(attack: Attack, seen: Observation) -> Callable[[Batch], float]:
-    """The attack's own objective, for the auditor; nan where it has none that applies."""
-    build = getattr(attack, "objective", None)
+def _auditors_view(attack: Attack, term: str, seen: Observation) -> Callable[[Batch], float]:
+    """The attack's own `objective` or its `fit` alone; nan where it has none that applies."""
+    build = getattr(attack, term, None)
     if build is None:
         return lambda _: math.nan
     try:
-        objective = build(seen)
-        return lambda batch: float(objective(batch))
+        value = build(seen)
+        return lambda batch: float(value(batch))
     except (GradleakError, NotImplementedError):
         return lambda _: math.nan
 

@@ -79,7 +79,9 @@ class Objective:
 
     def at(self, batch: Batch, *, target: int = 0) -> float:
         """The objective at a batch somebody supplies, for the target's update."""
-        inputs, labels = batch.inputs.to(self.fit.dtype), batch.labels
+        device = next(iter(self.fit.state.params.values())).device
+        inputs = batch.inputs.to(device, self.fit.dtype)
+        labels = batch.labels.to(device)
         if labels.is_floating_point():
             labels = labels.to(self.fit.dtype)
         with torch.no_grad():

@@ -8,10 +8,10 @@ import pytest
 import safetensors.torch
 
 import gradleak as gl
-from gradleak import jsonsafe
+from gradleak import auditing, jsonsafe
 from gradleak.errors import InvalidInput
 from gradleak.report.schema import validate_result
-from gradleak.run import auditing, trial
+from gradleak.run import trial
 
 SMALL: dict[str, Any] = {
     "data": "digits",

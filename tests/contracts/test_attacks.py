@@ -1,0 +1,163 @@
+"""What every registered attack must do; a new file is tested on arrival."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+
+import pytest
+import torch
+
+import gradleak as gl
+from gradleak import registry
+from gradleak.attacks import ATTACKS
+from gradleak.data import load
+from gradleak.errors import InvalidInput, NotApplicable
+from gradleak.models import build
+from gradleak.types import Attack, DataSpec, Exchange, Fact, Knowledge, ModelState, Observation
+from tests.laws.small import stream
+
+CHEAP = {"steps": 5, "restarts": 1}
+ENOUGH = {
+    "dlg": {"steps": 300, "restarts": 2},
+    "idlg": {"steps": 300, "restarts": 2},
+    "inverting-gradients": {"steps": 300},
+}
+"""Settings that suffice for one digit through a small network, where cheap ones would not."""
+
+NETWORKS = {"linear-layer": "mlp"}
+"""Networks an attack's theory asks for; any other attack meets the small sigmoid LeNet."""
+
+
+ONE_EXAMPLE = {"idlg"}
+"""Attacks whose theory is about a single example and that say so."""
+
+
+def attack_of(identifier: str, settings: dict[str, int]) -> Attack:
+    kind = ATTACKS[identifier]
+    known = {f.name for f in fields(kind)}
+    return kind(**{k: v for k, v in settings.items() if k in known})  # type: ignore[no-any-return]
+
+
+def digit(identifier: str, index: int, *, size: int = 1) -> tuple[Observation, torch.Tensor]:
+    digits = load("digits")
+    state = ModelState.of(build(NETWORKS.get(identifier, "lenet-tiny"), digits.spec, seed=0))
+    chosen = torch.arange(index, index + size)
+    scenario = gl.Scenario(digits, state, batch_size=size, indices=chosen)
+    seen, truth = gl.simulate(scenario, generator=stream(0))
+    return seen, truth.batch.inputs
+
+
+def altered(seen: Observation, change: object) -> Observation:
+    values = {k: change(v.clone()) for k, v in seen.update.values.items()}  # type: ignore[operator]
+    return replace(seen, exchanges=(Exchange(seen.state, replace(seen.update, values=values)),))
+
+
+@pytest.fixture(params=ATTACKS)
+def identifier(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_about_is_complete(identifier: str) -> None:
+    about = ATTACKS[identifier].about
+    assert about.id == identifier
+    assert about.title
+    assert about.paper
+    assert about.link.startswith("https://")
+    assert about.modalities
+    assert about.needs <= frozenset(Fact)
+    assert is_dataclass(ATTACKS[identifier])
+    first_line = (ATTACKS[identifier].__doc__ or "").splitlines()[0]
+    assert first_line.endswith(".") or "=" in first_line
+
+
+def test_a_spec_describes_the_attack_and_builds_it_again(identifier: str) -> None:
+    attack = ATTACKS[identifier]()
+    assert registry.build("attack", registry.describe(attack), ATTACKS) == attack
+    assert gl.attacks.build(identifier) == attack
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_claim_has_the_form_of_the_data(identifier: str, size: int) -> None:
+    seen, _ = digit(identifier, 0, size=size)
+    attack = attack_of(identifier, CHEAP)
+    if size > 1 and identifier in ONE_EXAMPLE:
+        with pytest.raises(NotApplicable, match="one example"):
+            attack(seen, generator=stream(1))
+        return
+    claim = attack(seen, generator=stream(1))
+    assert claim.batch.inputs.shape == (size, *seen.data.shape)
+    assert len(claim.batch.labels) == size
+    assert claim.batch.inputs.isfinite().all()
+    assert claim.batch.inputs.min() >= seen.data.bounds[0]
+    assert claim.batch.inputs.max() <= seen.data.bounds[1]
+    if claim.status == "no_solution":
+        assert claim.message
+
+
+def test_equal_generators_give_equal_claims(identifier: str) -> None:
+    seen, _ = digit(identifier, 2)
+    attack = attack_of(identifier, CHEAP)
+    first, again = (attack(seen, generator=stream(4)).batch.inputs for _ in range(2))
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("fault", ["zero", "nan", "huge"])
+def test_a_broken_update_gives_a_status_and_a_finite_claim(identifier: str, fault: str) -> None:
+    seen, _ = digit(identifier, 0)
+    change = {
+        "zero": torch.zeros_like,
+        "nan": lambda v: v.fill_(torch.nan),
+        "huge": lambda v: v * 1e30,
+    }[fault]
+    try:
+        claim = attack_of(identifier, CHEAP)(altered(seen, change), generator=stream(1))
+    except NotApplicable:
+        return
+    assert claim.batch.inputs.isfinite().all()
+    if fault == "nan":
+        assert claim.status in ("diverged", "no_solution", "failed")
+
+
+def test_a_wrong_shape_never_reaches_an_attack(identifier: str) -> None:
+    seen, _ = digit(identifier, 0)
+    with pytest.raises(InvalidInput, match="expected"):
+        altered(seen, lambda v: v[None])
+
+
+def test_a_missing_fact_is_not_applicable_and_no_crash(identifier: str) -> None:
+    seen, _ = digit(identifier, 0)
+    attack = attack_of(identifier, CHEAP)
+    if Fact.BATCH_SIZE in attack.about.needs:
+        with pytest.raises(NotApplicable, match="batch_size"):
+            attack(replace(seen, knowledge=Knowledge()), generator=stream(0))
+    foreign = replace(seen, data=DataSpec("text", seen.data.shape, (0.0, 1.0), 10))
+    if "text" not in attack.about.modalities:
+        with pytest.raises(NotApplicable, match="text"):
+            attack(foreign, generator=stream(0))
+
+
+def test_it_recovers_a_digit_and_nothing_of_an_unrelated_one(identifier: str) -> None:
+    """Sanity, not speed: beats the mean digit by 6 dB; on another's update it does not."""
+    digits = load("digits")
+    seen, truth = digit(identifier, 5)
+    unrelated, _ = digit(identifier, 6)
+    attack = attack_of(identifier, ENOUGH.get(identifier, {}))
+    mean = digits.images.double().mean(0) / (1 if digits.images.is_floating_point() else 255)
+
+    def psnr(claim: torch.Tensor) -> float:
+        return float(-10 * ((claim.double() - truth[0]) ** 2).mean().log10())
+
+    guess = psnr(mean)
+    claims = [attack(o, generator=stream(2)).batch.inputs[0] for o in (seen, unrelated)]
+    assert psnr(claims[0]) > guess + 6
+    assert psnr(claims[1]) < guess + 3
+
+
+def test_the_objective_of_the_truth_is_no_worse_than_of_another_digit(identifier: str) -> None:
+    seen, truth = digit(identifier, 5)
+    _, other = digit(identifier, 7)
+    labels = load("digits").labels
+    objective = attack_of(identifier, CHEAP).objective(seen)  # type: ignore[attr-defined]
+    at_truth = objective(gl.Batch(truth, labels[5:6]))
+    at_other = objective(gl.Batch(other, labels[7:8]))
+    assert at_truth != at_truth or at_truth < at_other

@@ -1,0 +1,178 @@
+"""The truth goes round the attack, never through it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradleak as gl
+from gradleak.attacks import ATTACKS
+from gradleak.data import Dataset
+from gradleak.errors import NotApplicable
+from gradleak.threat import Truth
+from gradleak.types import Attack, Batch, Fact, ModelState, Observation, Reconstruction
+from tests.laws.small import SPEC, Normalised, stream
+
+QUICK = {"steps": 4, "restarts": 1}
+
+
+class Blinkered(nn.Module):
+    """Sees the left half of the picture only, so that truths may differ where it is blind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(8, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.sigmoid(self.hidden(x[..., :2].flatten(1))))
+
+
+def two_worlds() -> list[tuple[Observation, Truth]]:
+    """Two scenarios with equal observations and different truths."""
+    left = torch.rand((2, 1, 4, 4), generator=stream(0))
+    right = left.clone()
+    right[..., 2:] = torch.rand((2, 1, 4, 2), generator=stream(1))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = ModelState.of(Blinkered())
+    worlds = []
+    for images in (left, right):
+        data = replace(Dataset.of("world", images, torch.tensor([0, 2])), spec=SPEC)
+        scenario = gl.Scenario(data, state, batch_size=1, indices=torch.tensor([1]))
+        worlds.append(gl.simulate(scenario, generator=stream(2)))
+    return worlds
+
+
+def quick(kind: type) -> Attack:
+    fields = {k: v for k, v in QUICK.items() if k in kind.__dataclass_fields__}  # type: ignore[attr-defined]
+    return kind(**fields)  # type: ignore[no-any-return]
+
+
+def assert_blind(attack: Callable[..., Reconstruction]) -> None:
+    """H0: the claim depends on the observation alone. Exact, no tolerance."""
+    (seen, truth), (twin_seen, twin_truth) = two_worlds()
+    assert not torch.equal(truth.batch.inputs, twin_truth.batch.inputs)
+    for name, value in seen.update.values.items():
+        assert torch.equal(value, twin_seen.update.values[name])
+    first, second = (attack(o, generator=stream(3)) for o in (seen, twin_seen))
+    assert torch.equal(first.batch.inputs, second.batch.inputs)
+    assert torch.equal(first.batch.labels, second.batch.labels)
+    assert first.status == second.status
+
+
+@pytest.mark.parametrize("identifier", ATTACKS)
+def test_equal_observations_give_bitwise_equal_claims(identifier: str) -> None:
+    assert_blind(quick(ATTACKS[identifier]))
+
+
+def test_a_planted_leak_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault of six published codes of eight: the private batch reaches the attack."""
+    grant = gl.ThreatModel.grant
+
+    def leaky(self: gl.ThreatModel, truth: Truth, *rest: object) -> Observation:
+        seen = grant(self, truth, *rest)  # type: ignore[arg-type]
+        state = replace(seen.state, buffers={"smuggled": truth.batch.inputs})
+        return replace(seen, exchanges=(replace(seen.exchanges[0], state=state),))
+
+    def cheat(seen: Observation, *, generator: torch.Generator) -> Reconstruction:
+        batch = Batch(seen.state.buffers["smuggled"], torch.zeros(1, dtype=torch.int64))
+        return Reconstruction(batch, 0.0, "solved")
+
+    monkeypatch.setattr(gl.ThreatModel, "grant", leaky)
+    with pytest.raises(AssertionError):
+        assert_blind(cheat)
+
+
+def private_scenario(*facts: Fact) -> tuple[Observation, Truth]:
+    images = torch.rand((4, 1, 4, 4), generator=stream(5))
+    data = replace(Dataset.of("private", images, torch.tensor([0, 1, 2, 1])), spec=SPEC)
+    knows = frozenset({Fact.MECHANISM, Fact.BATCH_SIZE, *facts})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = ModelState.of(Normalised())
+    mechanism = gl.FedAvg(order="shuffled", minibatch_size=1)
+    scenario = gl.Scenario(
+        data, state, mechanism, gl.ThreatModel(knows), batch_size=3, indices=torch.tensor([3, 1, 2])
+    )
+    return gl.simulate(scenario, generator=stream(6))
+
+
+def contains(seen: Observation, private: Tensor) -> bool:
+    """Whether any example's bytes, or its exact values in a tensor, can be found in `seen`."""
+    buffer = io.BytesIO()
+    pickle.Pickler(buffer).dump(seen)
+    dump = buffer.getvalue()
+    return any(row.contiguous().numpy().tobytes() in dump for row in private)
+
+
+@pytest.mark.parametrize("facts", [(), tuple(Fact)], ids=["default", "everything granted"])
+def test_a_pickled_observation_holds_no_private_input(facts: tuple[Fact, ...]) -> None:
+    seen, truth = private_scenario(*facts)
+    assert not contains(seen, truth.batch.inputs)
+
+
+def test_the_search_for_private_bytes_can_succeed() -> None:
+    seen, truth = private_scenario()
+    state = replace(seen.state, buffers={"smuggled": truth.batch.inputs})
+    assert contains(
+        replace(seen, exchanges=(replace(seen.exchanges[0], state=state),)), truth.batch.inputs
+    )
+
+
+@pytest.mark.parametrize("fact", Fact)
+def test_a_fact_is_known_only_if_granted(fact: Fact) -> None:
+    def known(seen: Observation) -> bool:
+        return {
+            Fact.LABELS: seen.knowledge.labels is not None,
+            Fact.BATCH_SIZE: seen.knowledge.batch_size is not None,
+            Fact.BN_STATISTICS: seen.knowledge.bn_statistics is not None,
+            Fact.MINIBATCH_ORDER: getattr(seen.mechanism, "fixed_order", None) is not None,
+            Fact.MECHANISM: True,
+        }[fact]
+
+    granted, truth = private_scenario(fact)
+    assert known(granted)
+    assert known(private_scenario()[0]) == (fact in (Fact.MECHANISM, Fact.BATCH_SIZE))
+    if fact is Fact.LABELS:
+        assert torch.equal(granted.knowledge.labels, truth.batch.labels)  # type: ignore[arg-type]
+
+
+def test_an_unaware_attacker_believes_in_no_protection() -> None:
+    (seen, _), _ = two_worlds()
+    data = Dataset.of("d", torch.rand((4, 1, 4, 4)), torch.tensor([0, 1, 2, 1]))
+    scenario = gl.Scenario(
+        data,
+        seen.state,
+        gl.defenses.Clip(0.1)(gl.FedSGD()),
+        gl.ThreatModel(frozenset({Fact.BATCH_SIZE})),
+    )
+    unaware, _ = gl.simulate(scenario, generator=stream(0))
+    assert unaware.mechanism == gl.FedSGD()
+
+
+def test_observe_has_no_door_for_private_inputs() -> None:
+    import inspect
+
+    names = set(inspect.signature(gl.observe).parameters)
+    assert names == {"model", "update", "data", "batch_size", "kind", "loss", "mechanism", "labels"}
+
+
+@pytest.mark.parametrize("identifier", ATTACKS)
+def test_attacks_leave_the_observation_untouched(identifier: str) -> None:
+    (seen, _), _ = two_worlds()
+    before = copy.deepcopy({k: v.clone() for k, v in seen.update.values.items()})
+    params = {k: v.clone() for k, v in seen.state.params.items()}
+    try:
+        quick(ATTACKS[identifier])(seen, generator=stream(0))
+    except NotApplicable:
+        return
+    assert all(torch.equal(v, seen.update.values[k]) for k, v in before.items())
+    assert all(torch.equal(v, seen.state.params[k]) for k, v in params.items())
