@@ -52,7 +52,7 @@ class DLG(Recipe):
             "the claim is clamped into the data's bounds at the end",
         ),
     )
-    budgets: ClassVar = {"quick": {"steps": 300, "restarts": 2}, "thorough": {"restarts": 8}}
+    budgets: ClassVar = {"quick": {"steps": 200, "restarts": 2}, "thorough": {"restarts": 8}}
 
     def compose(self, seen: Sequence[Observation]) -> Objective:
         return Objective(

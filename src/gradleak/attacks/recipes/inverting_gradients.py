@@ -60,7 +60,7 @@ class InvertingGradients(Recipe):
             "a batch-normalisation penalty where its statistics are granted",
         ),
     )
-    budgets: ClassVar = {"quick": {"steps": 800}, "thorough": {"steps": 24000, "restarts": 4}}
+    budgets: ClassVar = {"quick": {"steps": 400}, "thorough": {"steps": 24000, "restarts": 4}}
 
     def compose(self, seen: Sequence[Observation]) -> Objective:
         fit = Matching(seen, cosine, dtype=torch.float32)
