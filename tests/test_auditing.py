@@ -84,7 +84,7 @@ def test_a_broken_attack_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_an_attack_that_does_not_apply(tmp_path: Path) -> None:
-    report = gl.audit(**SMALL | {"knows": "mechanism"}, out=tmp_path)
+    report = gl.audit(**SMALL | {"knows": "no-batch_size"}, out=tmp_path)
     assert {f["state"] for f in report.findings} == {"not_applicable"}
     assert report.failed == []
     assert "batch_size" in report.findings[0]["reason"]

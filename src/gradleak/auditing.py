@@ -24,7 +24,7 @@ from gradleak.errors import CorruptFile, InvalidInput
 from gradleak.run import states
 from gradleak.run.executor import Progress, run_here, run_in_processes
 from gradleak.run.jobs import JobSpec, attack_spec, defense_spec, derive, device_of, plan, version
-from gradleak.run.settings import AuditSettings, Condition, option
+from gradleak.run.settings import KNOWN_BY_DEFAULT, AuditSettings, Condition, option
 from gradleak.run.states import Broadcast
 from gradleak.run.store import Store, read_json, write_whole
 from gradleak.run.trial import Trial, divide, load_data, settle_engine, targets_of
@@ -225,7 +225,8 @@ def command_line(settings: AuditSettings, given: Iterable[str], *, verb: str = "
         elif value is True:
             words.append(option(field.name))
         elif field.name == "knows":
-            words += [option(field.name), ",".join(value)]
+            lacking = [f"no-{fact}" for fact in KNOWN_BY_DEFAULT if fact not in value]
+            words += [option(field.name), ",".join([*value, *lacking])]
         else:
             for each in value if isinstance(value, tuple) else (value,):
                 words += [option(field.name), str(each)]

@@ -24,9 +24,7 @@ class Toy:
     function: Callable[[Tensor], Tensor]
     targets: tuple[int, ...]
     unknown: object = None
-
-    def project_(self, variables: Variables) -> None:
-        pass
+    progress: Callable[[float], None] = lambda share: None
 
     def value_and_gradient(
         self, variables: Variables, trials: Sequence[int]

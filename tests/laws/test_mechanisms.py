@@ -101,7 +101,7 @@ class Biased(Wrapped):
 
 def test_a_biased_mean_is_found(state: ModelState) -> None:
     with pytest.raises(AssertionError):
-        assert_mean(Biased(FedSGD()), state, batch_of(2), draws=200)
+        assert_mean(Biased(FedSGD(), GaussianNoise()), state, batch_of(2), draws=200)
 
 
 def test_predict_at_the_true_batch_is_the_update_received(
@@ -214,7 +214,7 @@ class OneSeedForAll(Wrapped):
 
 def test_shared_noise_is_found(state: ModelState) -> None:
     with pytest.raises(AssertionError):
-        assert_leaves_uncorrelated(OneSeedForAll(FedSGD()), state, draws=400)
+        assert_leaves_uncorrelated(OneSeedForAll(FedSGD(), GaussianNoise()), state, draws=400)
 
 
 @pytest.mark.parametrize("noise", [GaussianNoise(0.2), LaplaceNoise(0.2)], ids=lambda n: n.id)

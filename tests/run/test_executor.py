@@ -13,14 +13,14 @@ from gradleak.auditing import run_audit
 from gradleak.run import executor
 from gradleak.run.settings import AuditSettings
 
-# The parent builds the network too; only workers, started by `python -c`, may misbehave.
+# The parent builds the network too; only other processes may misbehave.
 NETWORK = """
 import os, signal, sys, torch
 from pathlib import Path
 
 def net():
     print("networks may print")
-    if sys.argv[0] == "-c":
+    if os.getpid() != {here}:
         {misbehave}
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
 """
@@ -34,7 +34,7 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     name = f"net_{tmp_path.name}".replace("-", "_")
 
     def write(misbehave: str) -> str:
-        (tmp_path / f"{name}.py").write_text(NETWORK.format(misbehave=misbehave))
+        (tmp_path / f"{name}.py").write_text(NETWORK.format(misbehave=misbehave, here=os.getpid()))
         return f"{name}:net"
 
     return write

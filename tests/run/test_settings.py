@@ -10,13 +10,14 @@ from gradleak.run.settings import AuditSettings, Condition, read_config
 
 
 def test_defaults_are_valid_and_described() -> None:
-    settings = AuditSettings.of({"targets": 3, "batch-size": [1, 4], "knows": "labels,mechanism"})
+    settings = AuditSettings.of({"targets": 3, "batch-size": [1, 4], "knows": "labels"})
     assert settings.batch_size == (1, 4)
-    assert settings.knows == ("labels", "mechanism")
+    assert settings.knows == ("batch_size", "labels", "mechanism")
+    assert AuditSettings.of({"knows": ["no-mechanism"]}).knows == ("batch_size",)
     described = settings.describe({"targets", "batch-size", "knows"})
     assert described["given"] == {
         "batch_size": [1, 4],
-        "knows": ["labels", "mechanism"],
+        "knows": ["batch_size", "labels", "mechanism"],
         "targets": 3,
     }
     assert described["defaulted"]["model"] == "lenet"

@@ -45,7 +45,7 @@ def attack_all(
     *,
     seed: int = 0,
     engine: Engine = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> list[Reconstruction]:
     """Run one attack over many observations, vectorised where they share a broadcast state.
 
@@ -57,7 +57,7 @@ def attack_all(
         observations: one per target.
         seed: of the attacker's randomness.
         engine: how trials run together; "auto" measures.
-        progress: called with (targets done, targets in all).
+        progress: called with (targets done, in fractions where a search tells; targets in all).
 
     Raises:
         NotApplicable: an observation lacks what the attack needs.
@@ -68,12 +68,16 @@ def attack_all(
         seen = [observations[i] for i in group]
         generators = [target_generator(seed, i) for i in group]
         if isinstance(attack, Recipe):
-            found = attack.on_group(seen, generators=generators, engine=engine)
+            before, size = len(claims), len(group)
+
+            def partly(share: float, before: int = before, size: int = size) -> None:
+                progress(before + share * size, len(observations))
+
+            found = attack.on_group(seen, generators=generators, engine=engine, progress=partly)
         else:
             found = [attack(seen[0], generator=generators[0])]
         claims.update(zip(group, found, strict=True))
-        if progress:
-            progress(len(claims), len(observations))
+        progress(len(claims), len(observations))
     return [claims[i] for i in range(len(observations))]
 
 

@@ -46,8 +46,15 @@ class Recipe(ABC):
         *,
         generators: Sequence[torch.Generator],
         engine: Engine = "auto",
+        progress: Callable[[float], None] = lambda share: None,
     ) -> list[Reconstruction]:
         """Attack every observation; the i-th starts as it would alone with `generators[i]`.
+
+        Args:
+            seen: observations that share a broadcast state.
+            generators: the attacker's stream for each of them.
+            engine: how trials run together; "auto" measures.
+            progress: told the share of the search's budget spent.
 
         Raises:
             NotApplicable: a needed fact, modality or structure is missing.
@@ -60,7 +67,7 @@ class Recipe(ABC):
         ]
         start = {k: torch.cat([s[k] for s in starts]) for k in starts[0]}
         targets = tuple(i for i in range(len(seen)) for _ in range(self.restarts))
-        objective = replace(objective, targets=targets, engine=engine)
+        objective = replace(objective, targets=targets, engine=engine, progress=progress)
         if engine == "auto":
             objective = replace(objective, engine=calibrated(objective, start))
         return _choose(objective, self.search(objective, start), len(seen))

@@ -79,7 +79,7 @@ Defenses = Annotated[
 DefenseName = Annotated[str | None, _option("ID:field=value,... [none]", _SCENARIO)]
 Knows = Annotated[
     list[str] | None,
-    _option("facts granted, comma-separated [batch_size,mechanism]", _ATTACKER),
+    _option("more facts granted, no-FACT takes one away [batch_size,mechanism]", _ATTACKER),
 ]
 Server = Annotated[str | None, _option("honest or malicious [honest]", _ATTACKER)]
 Targets = Annotated[int | None, _option("updates attacked per finding [by budget]", _EFFORT)]

@@ -4,25 +4,15 @@ GaussianNoise(std=0.01)(Clip(norm=1.0)(FedSGD()))
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from gradleak.defenses.clip import Clip
 from gradleak.defenses.noise import GaussianNoise, LaplaceNoise
 from gradleak.defenses.none import NoDefense
 from gradleak.defenses.sparsify import TopK
-from gradleak.defenses.wrapped import Wrapped, undefended
+from gradleak.defenses.wrapped import Defense, Wrapped, difference, norm, undefended
 from gradleak.registry import build as _build
 from gradleak.types import Mechanism
-
-
-class Defense(Protocol):
-    """A protection: Mechanism -> Mechanism, a frozen dataclass of its parameters."""
-
-    id: Any
-    title: Any
-
-    def __call__(self, mechanism: Mechanism) -> Mechanism: ...
-
 
 DEFENSES: dict[str, type[Any]] = {
     d.id: d for d in (NoDefense, GaussianNoise, LaplaceNoise, TopK, Clip)
@@ -54,5 +44,7 @@ __all__ = [
     "TopK",
     "Wrapped",
     "build",
+    "difference",
+    "norm",
     "undefended",
 ]

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradleak.defenses.wrapped import Wrapped
+from gradleak.defenses.wrapped import Wrapped, norm
 from gradleak.errors import IntractableLikelihood
 from gradleak.mechanisms.client import check_positive
 from gradleak.types import Batch, Mechanism, ModelState, Update
@@ -33,6 +33,12 @@ class Clip:
 
     def __call__(self, mechanism: Mechanism) -> Mechanism:
         return _Clipped(mechanism, self)
+
+    def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
+        sent = norm(after)
+        if sent > self.norm * (1 + 1e-4):
+            return f"claims norm {self.norm:g} and sends {{:.3g}}", sent
+        return None
 
     def scale(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scale the update into the ball of radius `norm`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gradleak.types import Mechanism
+from gradleak.types import Mechanism, Update
 
 
 @dataclass(frozen=True)
@@ -17,3 +17,6 @@ class NoDefense:
 
     def __call__(self, mechanism: Mechanism) -> Mechanism:
         return mechanism
+
+    def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
+        return None

@@ -38,6 +38,13 @@ class TopK:
     def __call__(self, mechanism: Mechanism) -> Mechanism:
         return _Sparse(mechanism, self) if self.fraction < 1 else mechanism
 
+    def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
+        size = sum(v.numel() for v in after.values.values())
+        kept = sum(int(v.count_nonzero()) for v in after.values.values())
+        if kept <= math.ceil(self.fraction * size) + len(after.values):
+            return None
+        return f"claims to keep {self.fraction:.3%} and keeps {{:.3%}}", kept / size
+
     def keep(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Zero all but the largest coordinates."""
         if self.scope == "tensor":

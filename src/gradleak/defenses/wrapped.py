@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -10,11 +12,29 @@ from gradleak.errors import IntractableLikelihood
 from gradleak.types import Batch, Mechanism, ModelState, Update, UpdateKind
 
 
+class Defense(Protocol):
+    """A protection: Mechanism -> Mechanism, a frozen dataclass of its parameters."""
+
+    id: ClassVar[str]
+    title: ClassVar[str]
+
+    def __call__(self, mechanism: Mechanism) -> Mechanism: ...
+
+    def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
+        """What of its claims the change from `before` to `after` contradicts, if anything.
+
+        Returns:
+            A clause with one format field, and the number measured for it.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Wrapped:
-    """A mechanism around another one: a layer of the onion."""
+    """A mechanism around another one: a layer of the onion, put there by `rule`."""
 
     inner: Mechanism
+    rule: Defense
 
     @property
     def kind(self) -> UpdateKind:
@@ -32,6 +52,16 @@ class Wrapped:
 
     def log_prob(self, update: Update, state: ModelState, batch: Batch) -> Tensor:
         raise IntractableLikelihood(f"{type(self).__name__}: no exact density is known")
+
+
+def norm(update: Update) -> float:
+    """L2 norm over all tensors together, in float64."""
+    return math.sqrt(sum(float(v.double().square().sum()) for v in update.values.values()))
+
+
+def difference(a: Update, b: Update) -> Update:
+    """Tensor by tensor, a − b."""
+    return Update({k: a.values[k] - b.values[k] for k in a.values}, a.kind)
 
 
 def undefended(mechanism: Mechanism) -> Mechanism:

@@ -37,7 +37,7 @@ def template(model: nn.Module, batch_norm: BatchNormMode) -> nn.Module:
     """
     known = _templates.setdefault(model, {})
     if batch_norm not in known:
-        clone = copy.deepcopy(model).eval().requires_grad_(False)
+        clone = copy.deepcopy(model).eval()
         if batch_norm == "train":
             for name, layer in list(clone.named_modules()):
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm):

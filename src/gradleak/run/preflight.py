@@ -12,19 +12,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gradleak.defenses import Clip, GaussianNoise, LaplaceNoise, TopK, Wrapped, undefended
+from gradleak.defenses import Wrapped, difference, norm, undefended
 from gradleak.scenario import Scenario
 from gradleak.seeding import child
 from gradleak.threat import Truth
-from gradleak.types import ModelState, Observation, Update
+from gradleak.types import ModelState, Observation
 
 _RESIDUAL = 1e-3
 """Relative residual at the truth that rounding can explain, in float32."""
-
-_SIGMAS = 5.0
-"""A claimed standard deviation is doubted outside this many standard errors (P < 1e-6)."""
 
 
 class Doubt(NamedTuple):
@@ -121,8 +118,7 @@ def _residual(seen: Observation, truth: Truth) -> list[Doubt]:
         return []
     with torch.no_grad():
         expected = believed.predict(seen.update, seen.state, truth.batch)
-    size = _norm(seen.update.values)
-    residual = _norm(difference(expected, seen.update)) / size
+    residual = norm(difference(expected, seen.update)) / norm(seen.update)
     if residual <= _RESIDUAL:
         return []
     return [
@@ -144,52 +140,13 @@ def _protections(
         with torch.no_grad():
             before = layer.inner.sample(state, truth.batch, generator=_stream(generator))
             after = layer.sample(state, truth.batch, generator=_stream(generator))
-        rule = getattr(layer, "noise", None) or getattr(layer, "rule", None)
-        name = getattr(rule, "id", type(layer).__name__)
-        change = torch.cat([v.flatten() for v in difference(after, before).values()]).double()
-        if not bool(change.any()):
-            detail = (
-                f": its norm {{:.3g}} is within {rule.norm:g}" if isinstance(rule, Clip) else ""
-            )
-            doubts.append(Doubt(f"{name} did not change the update{detail}", _norm(before.values)))
-        else:
-            doubts += _statistics(rule, name, before=before, after=after, change=change)
+        name = layer.rule.id
+        if norm(difference(after, before)) == 0:
+            doubts.append(Doubt(f"{name} did not change the update: norm {{:.3g}}", norm(after)))
+        elif contradiction := layer.rule.doubt(before, after):
+            doubts.append(Doubt(f"{name} {contradiction[0]}", contradiction[1]))
         layer = layer.inner
     return doubts
-
-
-def _statistics(
-    rule: object, name: str, *, before: Update, after: Update, change: Tensor
-) -> list[Doubt]:
-    n = change.numel()
-    if isinstance(rule, GaussianNoise | LaplaceNoise):
-        measured = float(change.square().mean().sqrt())
-        # Standard error of a root mean square: std/2 · sqrt((kurtosis − 1) / n).
-        kurtosis = 3.0 if isinstance(rule, GaussianNoise) else 6.0
-        allowed = _SIGMAS * rule.std / 2 * math.sqrt((kurtosis - 1) / n) + 1e-3 * rule.std
-        if abs(measured - rule.std) > allowed:
-            return [Doubt(f"{name} claims std {rule.std:g} and adds {{:.3g}}", measured)]
-    if isinstance(rule, TopK):
-        kept = sum(int(v.count_nonzero()) for v in after.values.values())
-        most = math.ceil(rule.fraction * n) + len(after.values)
-        if kept > most:
-            claim = f"{name} claims to keep {rule.fraction:.3%} and keeps"
-            return [Doubt(f"{claim} {{:.3%}}", kept / n)]
-    if isinstance(rule, Clip):
-        norm = _norm(after.values)
-        if norm > rule.norm * (1 + 1e-4):
-            return [Doubt(f"{name} claims norm {rule.norm:g} and sends {{:.3g}}", norm)]
-    return []
-
-
-def difference(a: Update, b: Update) -> dict[str, Tensor]:
-    """Tensor by tensor, a − b."""
-    return {k: a.values[k] - b.values[k] for k in a.values}
-
-
-def _norm(values: object) -> float:
-    assert isinstance(values, dict)
-    return math.sqrt(sum(float(v.double().square().sum()) for v in values.values()))
 
 
 def _stream(generator: torch.Generator) -> torch.Generator:

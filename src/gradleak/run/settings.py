@@ -28,6 +28,10 @@ _LARGEST = 1_000_000
 _POSITIVE = ("batch_size", "targets", "clients", "local_steps")
 
 
+KNOWN_BY_DEFAULT = ("batch_size", "mechanism")
+"""Facts that an attacker has unless they are taken away: Kerckhoffs, and the batch size."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AuditSettings:
     """One audit, unresolved: None means "decide by the budget and the machine".
@@ -45,7 +49,8 @@ class AuditSettings:
         batch_size: examples per client, one finding each.
         attack: attacks, `ID:field=value,...`.
         defense: protections, `ID:field=value,...`; `none` is always added by an audit.
-        knows: facts granted to the attacker.
+        knows: facts granted to the attacker, all of them; from outside, names add to the default
+            and "no-NAME" takes away.
         server: whether the server may alter the broadcast state.
         targets: updates attacked per finding.
         clients: clients the targets come from; intervals are clustered by client.
@@ -76,7 +81,7 @@ class AuditSettings:
         "top-k:fraction=0.1",
         "clip:norm=1",
     )
-    knows: tuple[str, ...] = ("batch_size", "mechanism")
+    knows: tuple[str, ...] = KNOWN_BY_DEFAULT
     server: Literal["honest", "malicious"] = "honest"
     targets: int | None = None
     clients: int | None = None
@@ -150,8 +155,7 @@ class AuditSettings:
                 words = [option(n).removeprefix("--") for n in hints]
                 raise InvalidInput(f"unknown setting {name!r}: {nearest(name, words)}")
             if known == "knows":
-                listed = [value] if isinstance(value, str) else value
-                value = [fact for each in listed for fact in str(each).split(",")]
+                value = granted([value] if isinstance(value, str) else value)
             values[known] = _typed(value, hints[known], where=option(known))
         return cls(**values)
 
@@ -164,6 +168,17 @@ class AuditSettings:
             side = "given" if each.name in named else "defaulted"
             sides[side][each.name] = list(value) if isinstance(value, tuple) else value
         return dict(sides)
+
+
+def granted(listed: Iterable[object]) -> list[str]:
+    """The facts known by default, with those listed, without those listed as "no-FACT"."""
+    facts = set(KNOWN_BY_DEFAULT)
+    for word in (w.strip() for each in listed for w in str(each).split(",")):
+        fact = word.removeprefix("no-")
+        if fact not in set(Fact):
+            raise InvalidInput(f"--knows {word!r}: {nearest(fact, map(str, Fact))}")
+        (facts.discard if word.startswith("no-") else facts.add)(fact)
+    return sorted(facts)
 
 
 def option(name: str) -> str:

@@ -51,7 +51,9 @@ def lbfgs(
     flat = torch.cat([v.flatten(1) for v in start.values()], 1).double().cpu().numpy()
     runs = {t: _minimise(flat[t], steps=steps, history=history) for t in range(best.count)}
     wanted = {t: next(run) for t, run in runs.items()}
-    for _ in range(steps + steps // 2 + 25):
+    rounds = steps + steps // 2 + 25
+    for round_ in range(rounds):
+        objective.progress(round_ / rounds)
         trials = list(wanted)
         rows = _unflatten(np.stack([wanted[t] for t in trials]), start)
         values, gradients = objective.value_and_gradient(rows, trials)

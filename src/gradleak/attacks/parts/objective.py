@@ -7,7 +7,7 @@ measurement finds cheaper for the model at hand; the numbers are the same up to 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -35,6 +35,7 @@ class Objective:
         penalties: (weight, penalty) pairs.
         targets: target of every trial.
         engine: how several trials are evaluated; "auto" must be settled by `calibrated` first.
+        progress: searches tell it the share of their budget spent.
     """
 
     unknown: Images
@@ -42,6 +43,7 @@ class Objective:
     penalties: tuple[tuple[float, Penalty], ...] = ()
     targets: tuple[int, ...] = (0,)
     engine: Engine = "loop"
+    progress: Callable[[float], None] = lambda share: None
 
     def values(self, variables: Variables, targets: Sequence[int]) -> Tensor:
         """Objective of several trials (trials,), differentiable in the variables."""

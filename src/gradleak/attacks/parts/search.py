@@ -98,6 +98,7 @@ def adam(
                 first[k][trials], second[k][trials] = m, v
                 current[k][trials] += move
         objective.unknown.project_(current)
+        objective.progress((step + 1) / steps)
     return best.search()
 
 
