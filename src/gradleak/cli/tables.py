@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from gradleak.report.findings import as_given
+
 if TYPE_CHECKING:
     from gradleak.auditing import LeakageReport
     from gradleak.run.recorded import Claim
@@ -32,7 +34,7 @@ def print_report(report: LeakageReport) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
     for finding in report.findings:
-        row = [finding["defense_spec"], finding["attack"], *_numbers(finding), _verdict(finding)]
+        row = [as_given(finding), finding["attack"], *_numbers(finding), _verdict(finding)]
         table.add_row(*([_setting(finding)] if several else []), *row)
     out = console()
     out.print(table)

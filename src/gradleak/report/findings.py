@@ -152,7 +152,7 @@ def headline(found: Sequence[Finding]) -> str:
     for spec, finding in sorted(worst.items(), key=lambda item: item[1]["defense"] != "none"):
         trials = finding["trials"]
         share = f"{trials['recovered_images'] or 'none'} of {trials['images']}"
-        where = "undefended updates" if finding["defense"] == "none" else f"updates under {spec}"
+        where = "undefended updates" if finding["defense"] == "none" else f"updates under {as_given(finding)}"
         if clauses:
             clause = f"{share} from {where}"
         else:
@@ -179,6 +179,12 @@ def verdict_by_defense(found: Sequence[Finding]) -> dict[str, str]:
             "leaks" if "leaks" in words else words.pop() if len(words) == 1 else "inconclusive"
         )
     return verdicts
+
+
+def as_given(finding: Finding) -> str:
+    """The protection as the request spelled it, without the parameters it left at default."""
+    parts = str(finding["id"]).rsplit("/", 2)
+    return parts[1] if len(parts) == 3 else str(finding["defense_spec"])
 
 
 def _by_defense(found: Iterable[Finding]) -> dict[str, list[Finding]]:
