@@ -134,3 +134,25 @@ def test_engines_are_settled_once(report: gl.LeakageReport) -> None:
     engines = json.loads((report.directory / "engines.json").read_text())
     assert len(engines) == 2
     assert set(engines.values()) <= {"vmap", "loop"}
+
+
+@pytest.mark.parametrize("knowledge", ["exact", "running", "inferred", "none"])
+def test_what_is_known_of_batch_normalisation_is_explicit(
+    knowledge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bnnet.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(),\n"
+        "                         nn.Linear(144, 10))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    report = gl.audit(
+        data="digits", model="bnnet:net", batch_norm="train", bn_knowledge=knowledge, targets=2,
+        batch_size=2, attacks="inverting-gradients:steps=3", defenses=[], workers=0,
+        out=tmp_path / "out",
+    )  # fmt: skip
+    (finding,) = report.findings
+    assert finding["threat"]["batch_norm"] == knowledge
+    assert ("bn_statistics" in finding["threat"]["knows"]) == (knowledge == "exact")
+    assert any("train mode" in w for w in finding["warnings"]) == (knowledge == "none")

@@ -54,6 +54,11 @@ SIMPLE = {
     "stage below zero": (audit("--stage", "-5"), "stage"),
     "unknown mechanism": (audit("--mechanism", "fedagv"), "did you mean 'fedavg'"),
     "steps without fedavg": (audit("--local-steps", "3"), "contradicts"),
+    "contradictory batch norm": (
+        audit("--knows", "bn_statistics", "--bn-knowledge", "none"),
+        "contradicts --knows bn_statistics",
+    ),
+    "unknown batch norm knowledge": (audit("--bn-knowledge", "exakt"), "exact"),
     "unknown fact": (audit("--knows", "labels,lables"), "did you mean 'labels'"),
     "unknown server": (audit("--server", "evil"), "honest"),
     "unknown budget": (audit("--budget", "quik"), "did you mean 'quick'"),

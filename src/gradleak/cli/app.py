@@ -81,6 +81,14 @@ Knows = Annotated[
     list[str] | None,
     _option("more facts granted, no-FACT takes one away [batch_size,mechanism]", _ATTACKER),
 ]
+BnKnowledge = Annotated[
+    str | None,
+    _option(
+        "of batch normalisation: exact, running (estimates as a proxy), inferred (the mode alone) "
+        "or none [inferred]",
+        _ATTACKER,
+    ),
+]
 Server = Annotated[str | None, _option("honest or malicious [honest]", _ATTACKER)]
 Targets = Annotated[int | None, _option("updates attacked per finding [by budget]", _EFFORT)]
 Clients = Annotated[int | None, _option("clients that the targets come from [one each]", _EFFORT)]
@@ -130,6 +138,7 @@ def audit(
     attack: Attacks = None,
     defense: Defenses = None,
     knows: Knows = None,
+    bn_knowledge: BnKnowledge = None,
     server: Server = None,
     targets: Targets = None,
     clients: Clients = None,
@@ -167,6 +176,7 @@ def attack_command(
     batch_size: BatchSize = None,
     defense: DefenseName = None,
     knows: Knows = None,
+    bn_knowledge: BnKnowledge = None,
     server: Server = None,
     targets: Annotated[int | None, _option("updates attacked [1]", _EFFORT)] = None,
     seed: Seed = None,

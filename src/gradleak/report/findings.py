@@ -152,7 +152,11 @@ def headline(found: Sequence[Finding]) -> str:
     for spec, finding in sorted(worst.items(), key=lambda item: item[1]["defense"] != "none"):
         trials = finding["trials"]
         share = f"{trials['recovered_images'] or 'none'} of {trials['images']}"
-        where = "undefended updates" if finding["defense"] == "none" else f"updates under {as_given(finding)}"
+        where = (
+            "undefended updates"
+            if finding["defense"] == "none"
+            else f"updates under {as_given(finding)}"
+        )
         if clauses:
             clause = f"{share} from {where}"
         else:

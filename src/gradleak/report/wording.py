@@ -163,6 +163,12 @@ def verdict_title(counts: Mapping[str, int]) -> str:
     return f"Of {plural(total, 'protection')}, {listing(parts)}"
 
 
+BATCH_NORM = {
+    "running": "It takes the running estimates of batch normalisation for the batch's statistics.",
+    "none": "It does not know how the client normalises batches and assumes evaluation mode.",
+}
+
+
 def threat(model: Json) -> list[str]:
     """Describe a threat model in plain sentences."""
     knows = [str(fact) for fact in model.get("knows", ())]
@@ -173,6 +179,8 @@ def threat(model: Json) -> list[str]:
         if words
         else "It knows the broadcast model and the update, and nothing else."
     )
+    if (proxy := BATCH_NORM.get(model.get("batch_norm", ""))) is not None:
+        sentences.append(proxy)
     unknown = [words for fact, words in FACTS.items() if fact not in knows]
     if unknown:
         sentences.append(f"It does not know {listing(unknown, 'or')}.")

@@ -21,6 +21,7 @@ from gradleak.defenses import DEFENSES
 from gradleak.errors import InvalidInput
 from gradleak.run.settings import AuditSettings
 from gradleak.run.states import Broadcast
+from gradleak.threat import ThreatModel
 from gradleak.types import Fact
 
 LARGEST_GROUP = 8
@@ -56,6 +57,7 @@ class JobSpec:
         attack: id of the attack; `attack_spec` has every field.
         defense: id of the protection; `defense_spec` has every field.
         knows: facts granted.
+        bn_knowledge: what the attacker knows of batch-normalisation layers.
         server: server behaviour.
         seed: of the run.
         group: number of the group within the finding.
@@ -89,6 +91,7 @@ class JobSpec:
     defense: str
     defense_spec: str
     knows: tuple[str, ...]
+    bn_knowledge: str
     server: str
     seed: int
     group: int
@@ -120,6 +123,15 @@ class JobSpec:
         content["version"] = version()
         text = json.dumps(content, sort_keys=True)
         return dataclasses.replace(self, key=hashlib.sha256(text.encode()).hexdigest()[:16])
+
+    @property
+    def threat(self) -> ThreatModel:
+        """The threat model of the job."""
+        return ThreatModel(
+            knows=frozenset(Fact(fact) for fact in self.knows),
+            server=self.server,  # type: ignore[arg-type]
+            batch_norm=self.bn_knowledge,  # type: ignore[arg-type]
+        )
 
     def scenario_record(self) -> dict[str, Any]:
         """What the record says on the scenario."""
@@ -259,6 +271,7 @@ def plan(
                             defense=defense_id,
                             defense_spec=full_defense,
                             knows=tuple(sorted(set(settings.knows))),
+                            bn_knowledge=settings.bn_knowledge,
                             server=settings.server,
                             seed=settings.seed,
                             group=number,

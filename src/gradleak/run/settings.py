@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gradleak.errors import CorruptFile, InvalidInput, nearest
+from gradleak.threat import BatchNormKnowledge
 from gradleak.types import Fact
 
 Budget = Literal["quick", "standard", "thorough"]
@@ -51,6 +52,7 @@ class AuditSettings:
         defense: protections, `ID:field=value,...`; `none` is always added by an audit.
         knows: facts granted to the attacker, all of them; from outside, names add to the default
             and "no-NAME" takes away.
+        bn_knowledge: what the attacker knows of batch-normalisation layers.
         server: whether the server may alter the broadcast state.
         targets: updates attacked per finding.
         clients: clients the targets come from; intervals are clustered by client.
@@ -82,6 +84,7 @@ class AuditSettings:
         "clip:norm=1",
     )
     knows: tuple[str, ...] = KNOWN_BY_DEFAULT
+    bn_knowledge: BatchNormKnowledge = "inferred"
     server: Literal["honest", "malicious"] = "honest"
     targets: int | None = None
     clients: int | None = None
@@ -127,6 +130,11 @@ class AuditSettings:
         for fact in self.knows:
             if fact not in set(Fact):
                 raise InvalidInput(f"--knows {fact!r}: {nearest(fact, map(str, Fact))}")
+        if self.bn_knowledge in ("running", "none") and Fact.BN_STATISTICS in self.knows:
+            raise InvalidInput(
+                f"--bn-knowledge {self.bn_knowledge} contradicts --knows bn_statistics: "
+                "granted statistics are exact"
+            )
         if self.clients is not None and self.clients > self.resolved_targets:
             raise InvalidInput(
                 f"--clients {self.clients} contradicts --targets {self.resolved_targets}: "

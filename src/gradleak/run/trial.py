@@ -28,7 +28,7 @@ from gradleak.run.preflight import merged, objective_warnings, preflight
 from gradleak.run.states import broadcast
 from gradleak.run.store import TENSORS
 from gradleak.scenario import Scenario, simulate
-from gradleak.threat import ThreatModel, Truth
+from gradleak.threat import Truth
 from gradleak.types import (
     Attack,
     Batch,
@@ -140,10 +140,6 @@ def simulate_targets(job: JobSpec, dataset: Dataset, division: Split) -> list[_T
         Path(job.directory) / job.state, job.model, dataset.spec, job.device
     )
     mechanism = mechanism_of(job)
-    threat = ThreatModel(
-        knows=frozenset(Fact(fact) for fact in job.knows),
-        server=job.server,  # type: ignore[arg-type]
-    )
     spare = [] if job.spare is None else [(job.spare, -1)]
     targets = []
     for target, client in [*zip(job.targets, job.clients), *spare]:
@@ -152,7 +148,7 @@ def simulate_targets(job: JobSpec, dataset: Dataset, division: Split) -> list[_T
             data=dataset,
             model=state,
             mechanism=mechanism,
-            threat=threat,
+            threat=job.threat,
             batch_size=job.batch_size,
             indices=division.clients[first : first + job.batch_size],
             client=client,
@@ -249,7 +245,12 @@ def _record(job: JobSpec, *, state: str, reason: str | None) -> dict[str, Any]:
         "state": state,
         "reason": reason,
         "scenario": job.scenario_record(),
-        "threat": {"server": job.server, "view": "client", "knows": list(job.knows)},
+        "threat": {
+            "server": job.threat.server,
+            "view": job.threat.view,
+            "knows": sorted(job.threat.knows),
+            "batch_norm": job.threat.batch_norm,
+        },
         "attack": job.attack,
         "attack_spec": job.attack_spec,
         "defense": job.defense,
