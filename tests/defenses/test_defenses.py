@@ -46,7 +46,7 @@ def test_clip_scales_into_the_ball_and_keeps_the_direction(
 
 
 def test_a_zero_update_is_clipped_to_zero() -> None:
-    values = Clip(1.0).scale({"w": torch.zeros(3)})
+    values = Clip(1.0).map({"w": torch.zeros(3)})
     assert torch.equal(values["w"], torch.zeros(3))
 
 

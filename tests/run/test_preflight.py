@@ -95,7 +95,7 @@ def test_noise_with_another_strength_than_claimed(monkeypatch: pytest.MonkeyPatc
 def test_a_protection_that_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from gradleak.defenses import TopK
 
-    monkeypatch.setattr(TopK, "keep", lambda self, values: values)
+    monkeypatch.setattr(TopK, "map", lambda self, values: values)
     (warning,) = check(build_defense("top-k")(FedSGD()))
     assert "top-k did not change the update" in warning
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,31 +17,56 @@ from gradleak.types import Batch, Mechanism, ModelState, Update
 
 
 @dataclass(frozen=True)
-class GaussianNoise:
+class AdditiveNoise(ABC):
+    """ũ = u + independent noise of standard deviation `std` on every coordinate."""
+
+    std: float = 0.01
+
+    id: ClassVar[str]
+    title: ClassVar[str]
+    kurtosis: ClassVar[float]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.std < math.inf:
+            raise InvalidInput(f"std={self.std}: expected a number ≥ 0")
+
+    def __call__(self, mechanism: Mechanism) -> Mechanism:
+        return _Noised(mechanism, self) if self.std > 0 else mechanism
+
+    @abstractmethod
+    def draw(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Noise for one tensor."""
+
+    @abstractmethod
+    def log_density(self, residual: Tensor) -> Tensor:
+        """Log-density of one tensor of noise, in nats."""
+
+    def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
+        n = sum(v.numel() for v in after.values.values())
+        measured = norm(difference(after, before)) / math.sqrt(n)
+        # Standard error of a root mean square: std/2 · √((kurtosis − 1) / n); 5 of them, P < 1e-6.
+        allowed = 5 * self.std / 2 * math.sqrt((self.kurtosis - 1) / n) + 1e-3 * self.std
+        if abs(measured - self.std) <= allowed:
+            return None
+        return f"claims std {self.std:g} and adds {{:.3g}}", measured
+
+
+@dataclass(frozen=True)
+class GaussianNoise(AdditiveNoise):
     """ũ = u + N(0, std²) on every coordinate.
 
     Args:
         std: standard deviation, in units of the update.
     """
 
-    std: float = 0.01
-
     id: ClassVar[str] = "gaussian-noise"
     title: ClassVar[str] = "Gaussian noise"
-
-    def __post_init__(self) -> None:
-        _check_std(self.std)
-
-    def __call__(self, mechanism: Mechanism) -> Mechanism:
-        return _Noised(mechanism, self) if self.std > 0 else mechanism
+    kurtosis: ClassVar[float] = 3.0
 
     def draw(self, like: Tensor, generator: torch.Generator) -> Tensor:
         return (self.std * normal(like.shape, generator=generator, dtype=like.dtype)).to(
             like.device
         )
-
-    def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
-        return _doubt_std(before, after, std=self.std, kurtosis=3.0)
 
     def log_density(self, residual: Tensor) -> Tensor:
         constant = math.log(self.std) + 0.5 * math.log(2 * math.pi)
@@ -48,23 +74,16 @@ class GaussianNoise:
 
 
 @dataclass(frozen=True)
-class LaplaceNoise:
+class LaplaceNoise(AdditiveNoise):
     """ũ = u + Laplace(std/√2) on every coordinate, comparable to Gaussian noise at equal std.
 
     Args:
         std: standard deviation, in units of the update.
     """
 
-    std: float = 0.01
-
     id: ClassVar[str] = "laplace-noise"
     title: ClassVar[str] = "Laplace noise"
-
-    def __post_init__(self) -> None:
-        _check_std(self.std)
-
-    def __call__(self, mechanism: Mechanism) -> Mechanism:
-        return _Noised(mechanism, self) if self.std > 0 else mechanism
+    kurtosis: ClassVar[float] = 6.0
 
     @property
     def scale(self) -> float:
@@ -76,16 +95,13 @@ class LaplaceNoise:
         tail = torch.log1p(-2 * uniform.abs().clamp(max=0.5 - 2**-54))
         return (-self.scale * uniform.sign() * tail).to(like)
 
-    def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
-        return _doubt_std(before, after, std=self.std, kurtosis=6.0)
-
     def log_density(self, residual: Tensor) -> Tensor:
         return -residual.abs().sum() / self.scale - residual.numel() * math.log(2 * self.scale)
 
 
 @dataclass(frozen=True)
 class _Noised(Wrapped):
-    rule: GaussianNoise | LaplaceNoise
+    rule: AdditiveNoise
 
     @property
     def deterministic(self) -> bool:
@@ -105,21 +121,3 @@ class _Noised(Wrapped):
         mean = self.inner.mean(state, batch).values
         terms = [self.rule.log_density(update.values[k] - mean[k]) for k in mean]
         return torch.stack(terms).sum()
-
-
-def _check_std(std: float) -> None:
-    if not 0 <= std < math.inf:
-        raise InvalidInput(f"std={std}: expected a number ≥ 0")
-
-
-def _doubt_std(
-    before: Update, after: Update, *, std: float, kurtosis: float
-) -> tuple[str, float] | None:
-    """Compare the root mean square of the noise with its claim, at 5 standard errors (P < 1e-6)."""
-    n = sum(v.numel() for v in after.values.values())
-    measured = norm(difference(after, before)) / math.sqrt(n)
-    # Standard error of a root mean square: std/2 · sqrt((kurtosis − 1) / n).
-    allowed = 5 * std / 2 * math.sqrt((kurtosis - 1) / n) + 1e-3 * std
-    if abs(measured - std) <= allowed:
-        return None
-    return f"claims std {std:g} and adds {{:.3g}}", measured

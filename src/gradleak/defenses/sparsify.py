@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from gradleak.defenses.wrapped import Wrapped
-from gradleak.errors import IntractableLikelihood, InvalidInput
+from gradleak.defenses.wrapped import Mapped
+from gradleak.errors import InvalidInput
 from gradleak.types import Batch, Mechanism, ModelState, Update
 
 
@@ -45,7 +46,7 @@ class TopK:
             return None
         return f"claims to keep {self.fraction:.3%} and keeps {{:.3%}}", kept / size
 
-    def keep(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def map(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Zero all but the largest coordinates."""
         if self.scope == "tensor":
             return {k: self._keep(v.flatten()).reshape(v.shape) for k, v in values.items()}
@@ -59,19 +60,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class _Sparse(Wrapped):
-    rule: TopK
-
-    def mean(self, state: ModelState, batch: Batch) -> Update:
-        if not self.inner.deterministic:
-            raise IntractableLikelihood("top-k of a random update: its mean has no closed form")
-        clean = self.inner.mean(state, batch)
-        return Update(self.rule.keep(dict(clean.values)), clean.kind)
-
-    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
-        clean = self.inner.sample(state, batch, generator=generator)
-        return Update(self.rule.keep(dict(clean.values)), clean.kind)
-
+class _Sparse(Mapped):
     def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
         clean = self.inner.predict(received, state, batch)
         kept = {k: v * (received.values[k] != 0) for k, v in clean.values.items()}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from gradleak.errors import IntractableLikelihood
@@ -52,6 +54,35 @@ class Wrapped:
 
     def log_prob(self, update: Update, state: ModelState, batch: Batch) -> Tensor:
         raise IntractableLikelihood(f"{type(self).__name__}: no exact density is known")
+
+
+class UpdateMap(Defense, Protocol):
+    """A protection that maps every update by one fixed function."""
+
+    def map(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Mapped(Wrapped):
+    """ũ = map(u): as deterministic as what it wraps."""
+
+    rule: UpdateMap
+
+    def mean(self, state: ModelState, batch: Batch) -> Update:
+        if not self.inner.deterministic:
+            raise IntractableLikelihood(
+                f"{self.rule.id} of a random update: its mean has no closed form"
+            )
+        return self._mapped(self.inner.mean(state, batch))
+
+    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
+        return self._mapped(self.inner.sample(state, batch, generator=generator))
+
+    def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
+        return self._mapped(self.inner.predict(received, state, batch))
+
+    def _mapped(self, update: Update) -> Update:
+        return Update(self.rule.map(update.values), update.kind)
 
 
 def norm(update: Update) -> float:
