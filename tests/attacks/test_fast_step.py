@@ -14,7 +14,7 @@ import gradleak as gl
 from gradleak.attacks import DLG
 from gradleak.attacks.parts import distances
 from gradleak.attacks.parts.distances import Distance, cosine, squared_l2
-from gradleak.attacks.parts.fast import rules
+from gradleak.attacks.parts.fast import kernel, rules
 from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import calibrated
 from gradleak.defenses import Clip, GaussianNoise
@@ -213,6 +213,21 @@ def test_single_precision_stays_close() -> None:
     (found,) = torch.autograd.grad(rounded.fast(small, y, [0, 1, 2]).sum(), small)
     (wanted,) = torch.autograd.grad(exact.fast(x.requires_grad_(), y, [0, 1, 2]).sum(), x)
     assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("padding", [(0, 0), (1, 2)])
+def test_packed_convolutions_convolve(stride: kernel.Pair, padding: kernel.Pair) -> None:
+    stream = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(64, 40, 3, 3, generator=stream), torch.randn(64, generator=stream)
+    fixed = kernel.Kernel(weight, bias, stride, padding, (1, 1))
+    exact = kernel.Kernel(weight.double(), bias.double(), stride, padding, (1, 1))
+    for count in (1, 3, 1):
+        x = torch.randn(count, 40, 7, 6, generator=stream)
+        z = exact.forward(x.double(), bias=True)
+        assert float((fixed.forward(x, bias=True) - z).norm() / z.norm()) < 1e-6
+        back = exact.transposed(z, x.shape)
+        assert float((fixed.transposed(z.float(), x.shape) - back).norm() / back.norm()) < 1e-6
 
 
 class Shared(nn.Module):
