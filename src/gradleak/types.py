@@ -298,7 +298,7 @@ class Reconstruction:
         message: one line of diagnosis.
         evaluations: gradient evaluations spent, over all restarts.
         history: objective of the chosen restart along the search (thinned).
-        engine: how the work was run ("vmap", "loop", ...), for the record.
+        engine: how the work was run ("fast", "vmap", "loop", ...), for the record.
     """
 
     batch: Batch

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from gradleak.attacks.parts.distances import Distance
+from gradleak.attacks.parts.fast import FastFit
 from gradleak.errors import InvalidInput
 from gradleak.types import Batch, Observation, Update, cast
 
@@ -32,6 +34,8 @@ class Matching:
         self.state = first.state.to(dtype)
         self.mechanism = first.mechanism
         self.distance = distance
+        self.spec = first.data
+        self.batch_size = first.knowledge.batch_size or 1
         self.dtype = dtype
         self.received = [cast(o.update.values, dtype) for o in seen]
         self._stacked: tuple[tuple[int, ...], dict[str, Tensor]] = ((), {})
@@ -66,6 +70,11 @@ class Matching:
             stacked = {n: torch.stack([self.received[t][n] for t in targets]) for n in names}
             self._stacked = (key, stacked)
         return torch.func.vmap(self.one)(inputs, labels, self._stacked[1])
+
+    @cached_property
+    def fast(self) -> FastFit | None:
+        """The same distances by closed forms, where these are known to cover the network."""
+        return FastFit.of(self)
 
     def norm(self, target: int) -> float:
         """L2 norm of the update received from `target`."""

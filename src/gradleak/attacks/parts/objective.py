@@ -1,7 +1,8 @@
 """The objective of a search: unknowns, fit and penalties behind one door, value and gradient.
 
-Trials run as one vectorised program ("vmap") or one after the other ("loop"), whichever a short
-measurement finds cheaper for the model at hand; the numbers are the same up to rounding.
+Trials run by closed forms ("fast"), as one vectorised program ("vmap") or one after the other
+("loop"), whichever a short measurement finds cheaper for the model at hand; the numbers are the
+same up to rounding.
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ from torch import Tensor
 from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.penalties import Penalty
 from gradleak.attacks.parts.unknowns import Images, Variables
+from gradleak.errors import InvalidInput
 from gradleak.types import Batch
 
-Engine = Literal["auto", "vmap", "loop"]
+Engine = Literal["auto", "fast", "vmap", "loop"]
 
 _STACKED_COORDINATES = 100_000_000
+_FAST_COORDINATES = 50_000_000
+_FAST_TRIALS = 64
 _ADVANTAGE = 1.1
+_LOOPED = 2
+_LARGE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,17 @@ class Objective:
     def values(self, variables: Variables, targets: Sequence[int]) -> Tensor:
         """Objective of several trials (trials,), differentiable in the variables."""
         inputs, labels = self.unknown.decode(variables, targets)
-        total = self.fit(inputs, labels, targets)
+        total = self._distances(inputs, labels, targets)
         for weight, penalty in self.penalties:
             total = total + weight * penalty(inputs, targets)
         return total
+
+    def _distances(self, inputs: Tensor, labels: Tensor, targets: Sequence[int]) -> Tensor:
+        if self.engine != "fast":
+            return self.fit(inputs, labels, targets)
+        if self.fit.fast is None:
+            raise InvalidInput("engine 'fast': no closed forms cover this network and mechanism")
+        return self.fit.fast(inputs, labels, targets)
 
     def value_and_gradient(
         self, variables: Variables, trials: Sequence[int]
@@ -76,7 +89,9 @@ class Objective:
 
     @property
     def trials_at_once(self) -> int:
-        """Trials that fit one vectorised program in memory."""
+        """Trials that fit one program of the engine in memory; more gain nothing."""
+        if self.engine == "fast":
+            return max(1, min(_FAST_TRIALS, _FAST_COORDINATES // self.fit.parameters))
         return max(1, _STACKED_COORDINATES // self.fit.parameters)
 
     def at(self, batch: Batch, *, target: int = 0) -> float:
@@ -94,13 +109,19 @@ class Objective:
 
 
 def calibrated(objective: Objective, variables: Variables) -> Engine:
-    """Measure which engine is cheaper per trial, in CPU seconds, on these very variables."""
-    trials = list(range(len(objective.targets)))
-    if len(trials) == 1 or objective.trials_at_once == 1:
-        return "loop"
+    """Measure which engine is cheaper per trial, in CPU seconds, on these very variables.
 
-    def seconds(engine: Engine, count: int) -> float:
+    A lone trial is settled by the size of the network instead, so that equal calls give equal bits:
+    closed forms pay there on large networks only.
+    """
+    trials = list(range(len(objective.targets)))
+    if len(trials) == 1:
+        large = objective.fit.parameters >= _LARGE
+        return "fast" if large and objective.fit.fast is not None else "loop"
+
+    def seconds(engine: Engine) -> float:
         candidate = replace(objective, engine=engine)
+        count = min(len(trials), _LOOPED if engine == "loop" else candidate.trials_at_once)
         rows = {k: v[:count] for k, v in variables.items()}
         spent = []
         for _ in range(3):
@@ -109,5 +130,13 @@ def calibrated(objective: Objective, variables: Variables) -> Engine:
             spent.append(time.process_time() - before)
         return min(spent) / count
 
-    together = seconds("vmap", min(len(trials), objective.trials_at_once))
-    return "vmap" if together * _ADVANTAGE < seconds("loop", min(2, len(trials))) else "loop"
+    rivals: list[Engine] = []
+    if objective.fit.fast is not None:
+        rivals.append("fast")
+    if min(len(trials), replace(objective, engine="vmap").trials_at_once) > 1:
+        rivals.append("vmap")
+    if not rivals:
+        return "loop"
+    costs = {engine: seconds(engine) for engine in rivals}
+    best = min(rivals, key=lambda engine: costs[engine])
+    return best if costs[best] * _ADVANTAGE < seconds("loop") else "loop"

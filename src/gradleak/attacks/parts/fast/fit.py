@@ -1,0 +1,258 @@
+"""The door: distances of many trials, once differentiable in inputs and soft labels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from gradleak.attacks.parts.distances import cosine, squared_l2
+from gradleak.attacks.parts.fast.kernel import Kernel
+from gradleak.attacks.parts.fast.rules import Received, Rule, sum_of
+from gradleak.attacks.parts.fast.tape import Tape, Unsupported
+from gradleak.defenses.wrapped import Wrapped
+from gradleak.mechanisms.client import Loss, template
+from gradleak.mechanisms.fedsgd import FedSGD
+from gradleak.types import Batch, DataSpec, Mechanism, ModelState
+
+if TYPE_CHECKING:
+    from gradleak.attacks.parts.matching import Matching
+
+_AGREEMENT = 1e-7
+_KEPT_COORDINATES = 100_000_000
+
+
+class FastFit:
+    """D(∇ℓ(x_t, y_t), u_t) of many trials for FedSGD clients.
+
+    Use `FastFit.of`, which answers None wherever the closed forms do not cover the network.
+
+    Args:
+        mechanism: the client's.
+        state: broadcast state in the precision of the search.
+        relative: cosine distance, or else squared L2.
+        received: one update per target.
+    """
+
+    def __init__(
+        self,
+        mechanism: FedSGD,
+        state: ModelState,
+        *,
+        relative: bool,
+        received: Sequence[dict[str, Tensor]],
+    ) -> None:
+        self.loss, self.relative, self.received = mechanism.loss, relative, received
+        self.model = _loaded(template(state.model, mechanism.batch_norm), state)
+        trained = dict(self.model.named_parameters()).items()
+        self.names = {id(p): name for name, p in trained if name in state.params}
+        self.kernels: dict[str, Kernel] = {}
+        self.copies = False
+        self._groups: dict[tuple[int, ...], Received] = {}
+
+    @classmethod
+    def of(cls, matching: Matching) -> FastFit | None:
+        """The fast form of a matching; None unless it is known to give the same numbers.
+
+        Known means: every use of a parameter has a rule, and value and gradient agree with plain
+        double backward in float64 on a random probe of two trials.
+        """
+        mechanism = _client(matching.mechanism)
+        if mechanism is None or matching.distance not in (cosine, squared_l2):
+            return None
+        relative = matching.distance is cosine
+        try:
+            if not _agrees(mechanism, matching, relative=relative):
+                return None
+        except RuntimeError:
+            return None
+        return cls(mechanism, matching.state, relative=relative, received=matching.received)
+
+    def __call__(self, inputs: Tensor, labels: Tensor, targets: Sequence[int]) -> Tensor:
+        """Distances (trials,) at inputs (trials, b, *shape), labels (trials, b[, classes])."""
+        found: Tensor = _Fit.apply(inputs, labels, self, tuple(targets))  # type: ignore[no-untyped-call]
+        return found
+
+    def evaluate(
+        self, inputs: Tensor, labels: Tensor, targets: tuple[int, ...], *, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Distances, and their gradients in inputs and labels where `wanted`."""
+        received = self._group(targets)
+        with torch.enable_grad():
+            x = inputs.detach().flatten(0, 1).requires_grad_()
+            y = labels.detach()
+            if wanted[1]:
+                y.requires_grad_()
+            rules, loss = self._forward(x, y, received)
+            outputs = [rule.z for rule in rules]
+            ds = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
+        used = [(rule, d) for rule, d in zip(rules, ds, strict=True) if d is not None]
+        with torch.no_grad():
+            moments = [rule.moments(d.detach()) for rule, d in used]
+            dot = sum_of([m[0] for m in moments])
+            square = sum_of([m[1] for m in moments])
+            values, a, b = self._distance(dot, square, received, [rule for rule, _ in used])
+            if not any(wanted):
+                return values, [None, None]
+            roots: list[Tensor] = []
+            cotangents: list[Tensor] = []
+            for rule, d in used:
+                in_d, in_x = rule.pull(a, b)
+                for root, cotangent in ((d, in_d), (rule.x, in_x)):
+                    if root.requires_grad:
+                        roots.append(root)
+                        cotangents.append(cotangent)
+        leaves = [leaf for leaf, want in zip((x, y), wanted, strict=True) if want]
+        found = list(torch.autograd.grad(roots, leaves, cotangents, allow_unused=True))
+        gradients: list[Tensor | None] = []
+        for leaf, want, like in zip((x, y), wanted, (inputs, labels), strict=True):
+            g = found.pop(0) if want else None
+            g = torch.zeros_like(leaf) if want and g is None else g
+            gradients.append(None if g is None else g.view_as(like))
+        return values, gradients
+
+    def _group(self, targets: tuple[int, ...]) -> Received:
+        """The updates of these trials, kept for the next step as far as memory is cheap."""
+        if targets not in self._groups:
+            held = sum(len(group) for group in self._groups) + len(targets)
+            size = sum(v.numel() for v in self.received[0].values())
+            if held * size > _KEPT_COORDINATES:
+                self._groups.clear()
+            self._groups[targets] = Received(self.received, targets)
+        return self._groups[targets]
+
+    def _forward(self, x: Tensor, y: Tensor, received: Received) -> tuple[list[Rule], Tensor]:
+        """Rules of one pass, and the sum of the trials' losses."""
+        tape = Tape(self.names, self.kernels, received, copies=self.copies)
+        with tape:
+            logits = self.model(x)
+        if tape.overwritten:
+            if self.copies:
+                raise Unsupported("an input is overwritten in place")
+            self.copies = True
+            return self._forward(x, y, received)
+        return tape.rules, _summed(self.loss, logits, y)
+
+    def _distance(
+        self,
+        dot: Tensor,
+        square: Tensor,
+        received: Received,
+        rules: Sequence[Rule],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Distances, and (a, b) of their derivative a g + b G."""
+        theirs = received.squares
+        if self.relative:
+            product = square * theirs
+            floored = product.clamp(min=torch.finfo(product.dtype).tiny)
+            length = floored.sqrt()
+            similarity = dot / length
+            a = torch.where(product == floored, similarity / square, torch.zeros_like(dot))
+            return 1 - similarity, a, -1 / length
+        values = square - 2 * dot + theirs
+        near = values < theirs * torch.finfo(values.dtype).eps ** (1 / 3)
+        if near.any():
+            touched = {name for rule in rules for name in rule.names}
+            gaps = [rule.gap() for rule in rules]
+            values = torch.where(near, sum_of([*gaps, received.squares_without(touched)]), values)
+        return values, torch.full_like(dot, 2.0), torch.full_like(dot, -2.0)
+
+
+class _Fit(torch.autograd.Function):
+    """Carries the gradient that was computed together with the value."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, labels: Tensor, fit: FastFit, targets: tuple[int, ...]
+    ) -> Tensor:
+        wanted = (bool(ctx.needs_input_grad[0]), bool(ctx.needs_input_grad[1]))
+        values, ctx.gradients = fit.evaluate(inputs, labels, targets, wanted=wanted)
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        found = [
+            None if g is None else g * outer.view(-1, *[1] * (g.ndim - 1)) for g in ctx.gradients
+        ]
+        return found[0], found[1], None, None
+
+
+def _client(mechanism: Mechanism) -> FedSGD | None:
+    """The FedSGD client that predictions come from, below protections that leave them alone."""
+    while isinstance(mechanism, Wrapped) and "predict" not in _overridden(type(mechanism)):
+        mechanism = mechanism.inner
+    return mechanism if type(mechanism) is FedSGD else None
+
+
+def _overridden(kind: type[Wrapped]) -> set[str]:
+    """Names that a protection defines anew."""
+    below = kind.__mro__[: kind.__mro__.index(Wrapped)]
+    return {name for cls in below for name in vars(cls)}
+
+
+def _loaded(model: nn.Module, state: ModelState) -> nn.Module:
+    """A copy of `model` on the state's own storage, with nothing to train."""
+    clone = copy.deepcopy(model)
+    known = {**state.buffers, **state.params}
+    for values in (clone.named_parameters(), clone.named_buffers()):
+        for name, value in values:
+            value.requires_grad_(False)
+            if name in known:
+                value.data = known[name].detach()
+    return clone
+
+
+def _summed(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
+    """Σ_t loss of trial t; logits (trials · b, classes), labels (trials, b[, classes])."""
+    if loss is cross_entropy:
+        total = cross_entropy(logits, labels.flatten(0, 1), reduction="sum")
+        return total / labels.shape[1]
+    rows = logits.reshape(*labels.shape[:2], *logits.shape[1:])
+    return torch.stack([loss(r, y) for r, y in zip(rows, labels, strict=True)]).sum()
+
+
+def _agrees(mechanism: FedSGD, matching: Matching, *, relative: bool) -> bool:
+    """Compare with plain double backward in float64, on random images, labels and updates."""
+    state = matching.state.to(torch.float64)
+    device = next(iter(state.params.values())).device
+    stream = torch.Generator().manual_seed(0)
+    inputs, labels = _probe(matching.spec, matching.batch_size, stream)
+    inputs, labels = inputs.to(device), labels.to(device)
+    received = [
+        {
+            k: torch.randn(v.shape, generator=stream, dtype=torch.float64).to(device)
+            for k, v in state.params.items()
+        }
+        for _ in range(2)
+    ]
+    fit = FastFit(mechanism, state, relative=relative, received=received)
+    x, y = inputs.requires_grad_(), labels.requires_grad_()
+    values = fit(x, y, (0, 1))
+    fast = torch.autograd.grad(values.sum(), (x, y))
+    distance = cosine if relative else squared_l2
+    for t in range(2):
+        plain = distance(_plain(mechanism, state, x[t], y[t]), received[t])
+        wanted = torch.autograd.grad(plain, (x, y))
+        if not torch.allclose(values[t], plain, rtol=_AGREEMENT, atol=0):
+            return False
+        for g, w in zip(fast, wanted, strict=True):
+            if not float((g[t] - w[t]).norm()) <= _AGREEMENT * float(w[t].norm()):
+                return False
+    return True
+
+
+def _plain(mechanism: FedSGD, state: ModelState, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    return dict(mechanism.mean(state, Batch(x, y)).values)
+
+
+def _probe(spec: DataSpec, size: int, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two trials of random inputs inside the bounds and soft labels."""
+    low, high = spec.bounds
+    draws = torch.rand((2, size, *spec.shape), generator=stream, dtype=torch.float64)
+    logits = torch.randn((2, size, spec.classes), generator=stream, dtype=torch.float64)
+    return low + (high - low) * draws, logits.softmax(-1)

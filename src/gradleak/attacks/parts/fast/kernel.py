@@ -1,0 +1,169 @@
+"""A fixed convolution: forward and transposed, and as a step of the data path.
+
+PyTorch's double backward of a convolution computes the gradient of the weight even where the weight
+needs none. Here a convolution and its transpose are each other's backward, and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Pair = tuple[int, int]
+
+_WORTH_PACKING = 20_000
+
+
+class Kernel:
+    """z = W ∗ x (+ b) with fixed W.
+
+    Args:
+        weight: (out, in, kh, kw).
+        bias: (out,) or None.
+        stride, padding, dilation: per side.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
+    ) -> None:
+        self.weight, self.bias = weight, bias
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+
+        self._packs: dict[str, _Packed] = {}
+        self._worth_packing = (
+            weight.dtype == torch.float32
+            and weight.device.type == "cpu"
+            and weight.numel() >= _WORTH_PACKING
+            and packing_works()
+        )
+
+    def forward(self, x: Tensor, *, bias: bool) -> Tensor:
+        """W ∗ x, plus b where asked."""
+        c = self.bias if bias else None
+        if self._worth_packing:
+            if not self._has("forward", x.shape):
+                self._packs["forward"] = _Packed(
+                    self.weight, x.shape, self.stride, self.padding, self.dilation
+                )
+            return self._packs["forward"](x, c)
+        return F.conv2d(x, self.weight, c, self.stride, self.padding, self.dilation)
+
+    def transposed(self, d: Tensor, shape: torch.Size) -> Tensor:
+        """Wᵀ ∗ d: the gradient of ⟨W ∗ x, d⟩ at x of `shape`."""
+        if self._worth_packing and self.stride == (1, 1):
+            reach = [
+                w * (k - 1) - p
+                for w, k, p in zip(self.dilation, self.weight.shape[2:], self.padding, strict=True)
+            ]
+            if min(reach) >= 0:
+                if not self._has("transposed", d.shape):
+                    mirrored = self.weight.flip(2, 3).transpose(0, 1)
+                    self._packs["transposed"] = _Packed(
+                        mirrored, d.shape, (1, 1), (reach[0], reach[1]), self.dilation
+                    )
+                return self._packs["transposed"](d, None)
+        return input_gradient(
+            d, shape, self.weight, self.stride, self.padding, self.dilation, groups=1
+        )
+
+    def _has(self, direction: str, shape: torch.Size) -> bool:
+        known = self._packs.get(direction)
+        return known is not None and known.shape == shape
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """W ∗ x + b, twice differentiable in x."""
+        z: Tensor = _Forward.apply(x, self)  # type: ignore[no-untyped-call]
+        return z
+
+
+class _Packed:
+    """A weight in oneDNN's own layout for one shape of input, so that calls need not reorder it."""
+
+    def __init__(
+        self, weight: Tensor, shape: torch.Size, stride: Pair, padding: Pair, dilation: Pair
+    ) -> None:
+        self.shape, self.stride, self.padding, self.dilation = shape, stride, padding, dilation
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+            weight.contiguous(), padding, stride, dilation, 1, list(shape)
+        )
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        z: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x.contiguous(), self.weight, bias, self.padding, self.stride, self.dilation, 1,
+            "none", [], "",
+        )  # fmt: skip
+        return z.contiguous()
+
+
+@functools.cache
+def packing_works() -> bool:
+    """Whether this build of PyTorch has the private packing operators, and they convolve."""
+    stream = torch.Generator().manual_seed(0)
+    x, w = torch.randn(2, 3, 6, 6, generator=stream), torch.randn(4, 3, 3, 3, generator=stream)
+    try:
+        found = _Packed(w, x.shape, (2, 2), (1, 1), (1, 1))(x, None)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.allclose(found, F.conv2d(x, w, None, 2, 1), atol=1e-4)
+
+
+def input_gradient(
+    d: Tensor,
+    shape: torch.Size,
+    weight: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    *,
+    groups: int,
+) -> Tensor:
+    """Gradient of ⟨weight ∗ x, d⟩ at x of `shape`."""
+    found: Tensor = torch.ops.aten.convolution_backward(
+        d, d.new_empty(shape), weight, None, stride, padding, dilation, False, (0, 0), groups,
+        (True, False, False),
+    )[0]  # fmt: skip
+    return found
+
+
+def weight_gradient(
+    d: Tensor,
+    x: Tensor,
+    shape: torch.Size,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    *,
+    groups: int,
+) -> Tensor:
+    """Gradient of ⟨weight ∗ x, d⟩ at a weight of `shape`."""
+    found: Tensor = torch.ops.aten.convolution_backward(
+        d, x, d.new_empty(shape), None, stride, padding, dilation, False, (0, 0), groups,
+        (False, True, False),
+    )[1]  # fmt: skip
+    return found
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Kernel) -> Tensor:
+        ctx.kernel, ctx.shape = kernel, x.shape
+        return kernel.forward(x, bias=True)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
+        return _Transposed.apply(d, ctx.kernel, ctx.shape), None  # type: ignore[no-untyped-call]
+
+
+class _Transposed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, d: Tensor, kernel: Kernel, shape: torch.Size) -> Tensor:
+        ctx.kernel = kernel
+        return kernel.transposed(d, shape)
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.kernel.forward(c, bias=False), None, None

@@ -1,0 +1,321 @@
+"""The fast inner step against plain double backward, in float64, rule by rule and mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gradleak as gl
+from gradleak.attacks import DLG
+from gradleak.attacks.parts import distances
+from gradleak.attacks.parts.distances import Distance, cosine, squared_l2
+from gradleak.attacks.parts.fast import kernel, rules
+from gradleak.attacks.parts.matching import Matching
+from gradleak.attacks.parts.objective import calibrated
+from gradleak.defenses import Clip, GaussianNoise
+from gradleak.errors import InvalidInput
+from gradleak.mechanisms import FedAvg, FedSGD
+from gradleak.types import Batch, DataSpec, Mechanism, ModelState, Observation
+
+SPEC = DataSpec.image((3, 8, 8), 5)
+
+
+class Residual(nn.Module):
+    """In-place additions and activations over batch normalisation, as torchvision writes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.first, self.second = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+        self.conv = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(self.stem(x)), inplace=True)
+        out = self.second(self.conv(x))
+        out += x
+        return self.head(F.silu(out, inplace=True).mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """Patches as tokens, hand-written attention, layer normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.before, self.after = nn.LayerNorm(8), nn.LayerNorm(8, bias=False)
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8, bias=False)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.patches(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.before(h)).chunk(3, -1)
+        h = h + self.out((q @ k.transpose(1, 2)).softmax(-1) @ v)
+        return self.head(self.after(F.gelu(h)).mean(1))
+
+
+def _conv(*layers: nn.Module, width: int) -> nn.Module:
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width, 5))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 5)),
+    "mlp": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(192, 7, bias=False), nn.Tanh(), nn.Linear(7, 5)
+    ),
+    "strided": lambda: _conv(
+        nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.GELU(), nn.Conv2d(4, 6, 3), width=24
+    ),
+    "odd": lambda: _conv(
+        nn.Conv2d(3, 4, (3, 2), stride=(3, 2), padding=(0, 1), bias=False),
+        nn.Sigmoid(),
+        nn.Conv2d(4, 3, 2, dilation=(1, 2)),
+        width=9,
+    ),
+    "reflect": lambda: _conv(
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU(), width=256
+    ),
+    "wide": lambda: _conv(
+        nn.Conv2d(3, 66, 3, stride=2), nn.Tanh(), nn.Conv2d(66, 4, 2, padding="valid"), width=16
+    ),
+    "normalised": lambda: _conv(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Tanh(), nn.MaxPool2d(2), width=36
+    ),
+    "flat batch norm": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(192, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 5)
+    ),
+    "group norm": lambda: _conv(
+        nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Softplus(), nn.AvgPool2d(2), width=36
+    ),
+    "residual": Residual,
+    "tokens": Tokens,
+}
+
+
+def _state(network: Callable[[], nn.Module]) -> ModelState:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = network()
+        for layer in model.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                nn.init.normal_(layer.running_mean, std=0.3)  # type: ignore[arg-type]
+                nn.init.uniform_(layer.running_var, 0.5, 2.0)  # type: ignore[arg-type]
+                nn.init.uniform_(layer.weight, 0.5, 1.5)
+                nn.init.normal_(layer.bias, std=0.1)
+        return ModelState.of(model).to(torch.float64)
+
+
+def _matching(
+    state: ModelState,
+    distance: Distance,
+    *,
+    size: int,
+    mechanism: Mechanism | None = None,
+    count: int = 3,
+    dtype: torch.dtype = torch.float64,
+) -> Matching:
+    mechanism = mechanism or FedSGD()
+    return Matching([_seen(state, mechanism, size, i) for i in range(count)], distance, dtype=dtype)
+
+
+def _seen(state: ModelState, mechanism: Mechanism, size: int, seed: int) -> Observation:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand((size, *SPEC.shape), generator=generator, dtype=torch.float64)
+    y = torch.randint(SPEC.classes, (size,), generator=generator)
+    update = mechanism.sample(state, Batch(x, y), generator=generator)
+    return gl.observe(
+        state,
+        update=update.values,
+        kind=mechanism.kind,
+        mechanism=mechanism,
+        data=SPEC,
+        batch_size=size,
+        labels=y,
+    )
+
+
+def _claims(trials: int, size: int, *, soft: bool, seed: int = 9) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand((trials, size, *SPEC.shape), generator=generator, dtype=torch.float64)
+    if not soft:
+        return x, torch.randint(SPEC.classes, (trials, size), generator=generator)
+    logits = torch.randn((trials, size, SPEC.classes), generator=generator, dtype=torch.float64)
+    return x, logits.softmax(-1)
+
+
+def _compare(matching: Matching, x: Tensor, y: Tensor, targets: list[int]) -> float:
+    """Largest relative error of values and gradients against one trial at a time."""
+    assert matching.fast is not None
+    leaves = [x.requires_grad_()] + ([y.requires_grad_()] if y.is_floating_point() else [])
+    values = matching.fast(x, y, targets)
+    gradients = torch.autograd.grad(values.sum(), leaves)
+    worst = 0.0
+    for t, target in enumerate(targets):
+        plain = matching.one(x[t], y[t], matching.received[target])
+        wanted = torch.autograd.grad(plain, leaves)
+        value, plain = values[t].detach(), plain.detach()
+        worst = max(worst, float((value - plain).abs() / plain.abs()))
+        for g, w in zip(gradients, wanted, strict=True):
+            worst = max(worst, float((g[t] - w[t]).norm() / w[t].norm()))
+    return worst
+
+
+@pytest.mark.parametrize("gram", [False, True], ids=["as chosen", "gram"])
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("distance", [cosine, squared_l2])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_rule_is_plain_autograd(
+    network: str, distance: Distance, size: int, gram: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gram:
+        monkeypatch.setattr(rules, "conv_rule", rules.GramConvRule)
+        monkeypatch.setattr("gradleak.attacks.parts.fast.tape.conv_rule", rules.GramConvRule)
+    matching = _matching(_state(NETWORKS[network]), distance, size=size)
+    assert _compare(matching, *_claims(3, size, soft=True), [0, 1, 2]) < 1e-10
+    assert _compare(matching, *_claims(2, size, soft=False), [1, 1]) < 1e-10
+    assert _compare(matching, *_claims(1, size, soft=True), [2]) < 1e-10
+
+
+@pytest.mark.parametrize("chunk", [4, 9])
+def test_grouped_convolutions_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "_CHUNK_CHANNELS", chunk)
+    matching = _matching(_state(NETWORKS["strided"]), cosine, size=2)
+    assert _compare(matching, *_claims(5, 2, soft=True), [0, 1, 2, 0, 1]) < 1e-10
+
+
+def test_close_to_the_truth_the_squared_distance_keeps_its_digits() -> None:
+    state = _state(NETWORKS["normalised"])
+    matching = _matching(state, squared_l2, size=2, count=1)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand((2, *SPEC.shape), generator=generator, dtype=torch.float64)
+    y = torch.randint(SPEC.classes, (2,), generator=generator)
+    for step in (1e-3, 1e-5, 1e-7):
+        moved = x + step * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        assert matching.fast is not None
+        value = matching.fast(moved[None], y[None], [0])[0]
+        plain = matching.one(moved, y, matching.received[0])
+        assert abs(value.item() - plain.item()) <= 1e-7 * plain.item()
+
+
+def test_single_precision_stays_close() -> None:
+    state = _state(NETWORKS["residual"])
+    exact = _matching(state, cosine, size=2)
+    rounded = _matching(state, cosine, size=2, dtype=torch.float32)
+    x, y = _claims(3, 2, soft=False)
+    assert rounded.fast is not None
+    assert exact.fast is not None
+    small = x.float().requires_grad_()
+    (found,) = torch.autograd.grad(rounded.fast(small, y, [0, 1, 2]).sum(), small)
+    (wanted,) = torch.autograd.grad(exact.fast(x.requires_grad_(), y, [0, 1, 2]).sum(), x)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("padding", [(0, 0), (1, 2)])
+def test_packed_convolutions_convolve(stride: kernel.Pair, padding: kernel.Pair) -> None:
+    stream = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(64, 40, 3, 3, generator=stream), torch.randn(64, generator=stream)
+    fixed = kernel.Kernel(weight, bias, stride, padding, (1, 1))
+    exact = kernel.Kernel(weight.double(), bias.double(), stride, padding, (1, 1))
+    for count in (1, 3, 1):
+        x = torch.randn(count, 40, 7, 6, generator=stream)
+        z = exact.forward(x.double(), bias=True)
+        assert float((fixed.forward(x, bias=True) - z).norm() / z.norm()) < 1e-6
+        back = exact.transposed(z, x.shape)
+        assert float((fixed.transposed(z.float(), x.shape) - back).norm() / back.norm()) < 1e-6
+
+
+class Shared(nn.Module):
+    """One layer used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.head = nn.Linear(192, 6), nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.twice(torch.tanh(self.first(x.flatten(1)))))
+        return self.head(torch.tanh(self.twice(h)))
+
+
+class Coupled(nn.Module):
+    """Every image is centred by the batch it comes with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(192, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(x - x.mean(0)).flatten(1))
+
+
+class Bare(nn.Module):
+    """A parameter outside of any layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(192, 5)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(x).flatten(1)) * self.scale
+
+
+UNSUPPORTED: dict[str, Callable[[], nn.Module]] = {
+    "shared": Shared,
+    "coupled": Coupled,
+    "bare parameter": Bare,
+    "grouped": lambda: _conv(nn.Conv2d(3, 6, 3, groups=3), nn.Tanh(), width=216),
+    "transposed": lambda: _conv(nn.ConvTranspose2d(3, 2, 3), nn.Tanh(), width=200),
+    "weight norm": lambda: nn.Sequential(
+        nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(192, 5))
+    ),
+}
+
+
+@pytest.mark.parametrize("network", UNSUPPORTED)
+def test_what_no_rule_covers_is_refused(network: str) -> None:
+    assert _matching(_state(UNSUPPORTED[network]), cosine, size=2, count=1).fast is None
+
+
+def test_other_clients_and_distances_are_refused() -> None:
+    state = _state(NETWORKS["normalised"])
+    for mechanism in (FedAvg(steps=2), FedSGD(batch_norm="train"), Clip(norm=1.0)(FedSGD())):
+        assert _matching(state, cosine, size=2, mechanism=mechanism).fast is None
+    assert _matching(state, distances.l1, size=2).fast is None
+
+
+def test_noise_leaves_predictions_alone_and_is_supported() -> None:
+    mechanism = GaussianNoise(std=0.1)(FedSGD())
+    matching = _matching(_state(NETWORKS["normalised"]), cosine, size=2, mechanism=mechanism)
+    assert _compare(matching, *_claims(3, 2, soft=True), [0, 1, 2]) < 1e-10
+
+
+def test_a_planted_fault_is_caught_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    pull = rules.LinearRule.pull
+    monkeypatch.setattr(rules.LinearRule, "pull", lambda self, a, b: pull(self, a, b * 1.001))
+    assert _matching(_state(NETWORKS["mlp"]), cosine, size=1, count=1).fast is None
+
+
+def test_the_engine_is_one_of_three_behind_the_objective() -> None:
+    state = _state(NETWORKS["residual"])
+    objective = DLG().compose([_seen(state, FedSGD(), 2, i) for i in range(3)])
+    objective = replace(objective, targets=(0, 0, 1, 2))
+    variables = objective.unknown.start(torch.Generator().manual_seed(0), restarts=4)
+    loop = replace(objective, engine="loop").value_and_gradient(variables, [0, 1, 2, 3])
+    fast = replace(objective, engine="fast").value_and_gradient(variables, [0, 1, 2, 3])
+    torch.testing.assert_close(fast[0], loop[0], rtol=1e-10, atol=0)
+    for name, gradient in loop[1].items():
+        torch.testing.assert_close(fast[1][name], gradient, rtol=1e-8, atol=1e-12)
+    assert calibrated(replace(objective, engine="auto"), variables) in ("fast", "vmap", "loop")
+
+
+def test_asking_for_the_fast_engine_where_there_is_none_says_so() -> None:
+    objective = replace(DLG().compose([_seen(_state(Shared), FedSGD(), 1, 0)]), engine="fast")
+    variables = objective.unknown.start(torch.Generator().manual_seed(0), restarts=1)
+    with pytest.raises(InvalidInput, match="fast"):
+        objective.value_and_gradient(variables, [0])
