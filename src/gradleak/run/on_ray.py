@@ -43,6 +43,10 @@ LOCAL = "local"
 _SECONDS_TO_CONNECT = 5.0
 _SECONDS_BETWEEN_SHARES = 0.5
 
+# Ray heads speak gRPC, hence HTTP/2: preface and empty settings, answered by settings (type 4).
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_HTTP2_SETTINGS = bytes([4])
+
 _Answer: TypeAlias = "float | tuple[dict[str, Any], bytes | None]"
 """The share done, or the record and the tensors of the trial."""
 
@@ -225,10 +229,14 @@ def _knock(address: str) -> None:
     if not host or not port.isdecimal() or "/" in host:
         raise InvalidInput(f"--ray {address!r}: expected local, auto or HOST:PORT")
     try:
-        socket.create_connection((host, int(port)), timeout=_SECONDS_TO_CONNECT).close()
+        with socket.create_connection((host, int(port)), timeout=_SECONDS_TO_CONNECT) as line:
+            line.sendall(_HTTP2_GREETING)
+            answer = line.recv(9)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InvalidInput(f"--ray {address!r}: cannot connect, {reason}") from None
+    if answer[3:4] != _HTTP2_SETTINGS:
+        raise InvalidInput(f"--ray {address!r}: something listens there that is no Ray head")
 
 
 def _line(error: BaseException) -> str:
