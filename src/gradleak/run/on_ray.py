@@ -76,7 +76,7 @@ def connected(address: str, *, workers: int | None) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise InvalidInput(f"--ray {address!r}: cannot connect, {_line(error)}") from None
     finally:
-        with contextlib.suppress(ValueError):  # not the main thread: Ray has left it alone too
+        with contextlib.suppress(ValueError, TypeError):  # not the main thread, not Python's
             signal.signal(signal.SIGTERM, on_termination)
     try:
         if not ray.cluster_resources().get("CPU"):
