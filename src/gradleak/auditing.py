@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import platform
 import shlex
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,6 +119,7 @@ def audit(
     budget: str | None = None,
     device: str | None = None,
     workers: int | None = None,
+    ray: str | None = None,
     out: str | Path | None = None,
     fail_on: str | Sequence[str] | None = None,
 ) -> LeakageReport:
@@ -151,6 +153,7 @@ def audit(
         "budget": budget,
         "device": device,
         "workers": workers,
+        "ray": ray,
         "out": out,
         "fail_on": fail_on,
     }
@@ -196,7 +199,7 @@ def run_audit(
     # Says what does not fit before anything is written; the states are not needed for that.
     plan(settings, dataset, division, states=dict.fromkeys(_stages(settings), Broadcast("", "")))
     _check_directory(directory)
-    with Store(directory) as store:
+    with _cluster(settings, watcher=watcher), Store(directory) as store:
         prepared = _prepare_states(settings, network, dataset, division, watcher=watcher)
         jobs = plan(settings, dataset, division, states=prepared)
         _run(settings, jobs, store, watcher=watcher)
@@ -246,6 +249,10 @@ def _check_names(settings: AuditSettings) -> None:
         asked = Condition.parse(condition).defense
         if asked is not None and asked not in {defense_spec(s)[0] for s in settings.defense}:
             raise InvalidInput(f"--fail-on {condition!r}: {asked!r} is not among the protections")
+    if settings.ray is not None and importlib.util.find_spec("ray") is None:
+        raise InvalidInput(
+            f"--ray {settings.ray!r} needs Ray, which is not installed: pip install 'gradleak[ray]'"
+        )
     states.check_stages(_stages(settings))
     states.file_of(settings.weights)
 
@@ -329,11 +336,28 @@ def _trials(
     settings: AuditSettings, jobs: Sequence[JobSpec], *, progress: Progress
 ) -> Generator[Trial]:
     workers = settings.workers
+    if settings.ray is not None:
+        from gradleak.run.on_ray import run_on_ray
+
+        return run_on_ray(jobs, workers=workers, progress=progress)
     if workers is None:
         workers = 1 if jobs[0].device == "cuda" else min(len(jobs), _cores())
     if workers == 0:
         return run_here(jobs, progress=progress)
     return run_in_processes(jobs, workers=min(workers, len(jobs)), progress=progress)
+
+
+@contextlib.contextmanager
+def _cluster(settings: AuditSettings, *, watcher: Watcher) -> Iterator[None]:
+    """Be connected to the Ray cluster of a run, if it asks for one."""
+    if settings.ray is None:
+        yield
+        return
+    from gradleak.run.on_ray import connected
+
+    watcher.preparing(f"connecting to Ray at {settings.ray}")
+    with connected(settings.ray, workers=settings.workers or _cores()):
+        yield
 
 
 class _Engines:

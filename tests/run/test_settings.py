@@ -41,6 +41,7 @@ def test_defaults_are_valid_and_described() -> None:
         ({"targets": 2, "clients": 3}, "contradicts --targets 2"),
         ({"seed": -1}, "--seed -1"),
         ({"workers": -1}, "--workers -1"),
+        ({"workers": 0, "ray": "auto"}, "--workers 0 contradicts --ray"),
         ({"quiet": "yes"}, "expected true or false"),
         ({"local_learning_rate": float("nan"), "mechanism": "fedavg"}, "positive number"),
     ],

@@ -98,6 +98,10 @@ Device = Annotated[str | None, _option("auto, cpu or cuda [auto]", _EFFORT)]
 Workers = Annotated[
     int | None, _option("worker processes; 0 uses this process [one per core]", _EFFORT)
 ]
+Ray = Annotated[
+    str | None,
+    _option("run trials on a Ray cluster: HOST:PORT, auto, or local to start one", _EFFORT),
+]
 Out = Annotated[
     str | None, _option("directory of the report; the same one resumes", _OUTPUT, metavar="DIR")
 ]
@@ -146,6 +150,7 @@ def audit(
     budget: Budget = None,
     device: Device = None,
     workers: Workers = None,
+    ray: Ray = None,
     out: Out = None,
     fail_on: FailOn = None,
     config: Config = None,
@@ -183,6 +188,7 @@ def attack_command(
     budget: Budget = None,
     device: Device = None,
     workers: Workers = None,
+    ray: Ray = None,
     out: Out = None,
     update: Annotated[
         str | None, _option("a recorded update, a safetensors file", "Recorded update")

@@ -60,6 +60,7 @@ class AuditSettings:
         budget: how much work per target.
         device: where attacks run.
         workers: worker processes; 0 runs in this process.
+        ray: Ray cluster whose workers run the trials: HOST:PORT, auto, or local to start one.
         out: directory of the report; the same directory resumes.
         fail_on: conditions `[DEFENSE:]METRIC OP NUMBER` that give exit status 1.
         quiet: no progress on stderr.
@@ -92,6 +93,7 @@ class AuditSettings:
     budget: Budget = "quick"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int | None = None
+    ray: str | None = None
     out: str = "gradleak-report"
     fail_on: tuple[str, ...] = ()
     quiet: bool = False
@@ -106,6 +108,10 @@ class AuditSettings:
                     )
         if self.workers is not None and not 0 <= self.workers <= 1024:
             raise InvalidInput(f"--workers {self.workers}: expected a number from 0 to 1024")
+        if self.workers == 0 and self.ray is not None:
+            raise InvalidInput(
+                "--workers 0 contradicts --ray: trials run in this process or on a cluster"
+            )
         if not 0 <= self.seed < 2**63:
             raise InvalidInput(f"--seed {self.seed}: expected a whole number from 0 to 2^63 − 1")
         rate = self.local_learning_rate

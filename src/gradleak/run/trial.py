@@ -53,18 +53,28 @@ class Trial:
     tensors: bytes | None = None
 
 
-def run_trial(job: JobSpec, *, progress: Callable[[float], None] | None = None) -> Trial:
+def run_trial(
+    job: JobSpec,
+    *,
+    dataset: Dataset | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Trial:
     """Simulate the job's targets, attack them, and score every claim.
 
     An attack that does not apply and an attack that fails are records too.
 
     Args:
         job: what to do; with equal jobs all but the seconds are equal.
+        dataset: the job's data, where they cannot be loaded by name.
         progress: called with the share done, in [0, 1].
     """
     started = time.perf_counter()
     try:
-        trial = _measure(job, progress=progress or (lambda _: None))
+        trial = _measure(
+            job,
+            dataset or load_data(job.data, job.data_dir),
+            progress=progress or (lambda _: None),
+        )
     except NotApplicable as reason:
         trial = Trial(_record(job, state="not_applicable", reason=_line(reason)))
     except GradleakError as error:
@@ -159,8 +169,7 @@ def simulate_targets(job: JobSpec, dataset: Dataset, division: Split) -> list[_T
     return targets
 
 
-def _measure(job: JobSpec, *, progress: Callable[[float], None]) -> Trial:
-    dataset = load_data(job.data, job.data_dir)
+def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None]) -> Trial:
     if dataset.fingerprint != job.data_fingerprint:
         raise InvalidInput(f"data {job.data!r} changed while the audit was running")
     division = divide(dataset, job.seed)
