@@ -18,18 +18,15 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from gradleak.errors import NotApplicable
-from gradleak.mechanisms.client import template
 from gradleak.types import DataSpec, ModelState
 
-KINKS = frozenset(  # fmt: skip
-    (
-        "relu", "relu_", "leaky_relu", "leaky_relu_", "relu6", "hardtanh", "hardtanh_",
-        "prelu", "rrelu", "hardswish", "hardsigmoid", "hardshrink", "softshrink",
-        "threshold", "threshold_", "max_pool1d", "max_pool2d", "max_pool3d",
-        "max_pool2d_with_indices", "adaptive_max_pool2d", "clamp", "clamp_", "clamp_min",
-        "clamp_max", "clip", "abs", "maximum", "minimum", "amax", "amin",
-    )
-)
+_NAMES = """
+    relu relu_ leaky_relu leaky_relu_ relu6 hardtanh hardtanh_ prelu rrelu hardswish
+    hardsigmoid hardshrink softshrink threshold threshold_ max_pool1d max_pool2d max_pool3d
+    max_pool2d_with_indices adaptive_max_pool2d clamp clamp_ clamp_min clamp_max clip abs
+    maximum minimum amax amin
+"""
+KINKS = frozenset(_NAMES.split())
 """Names of torch functions whose derivative jumps."""
 
 _PUBLIC_IMAGES = 8
@@ -57,7 +54,7 @@ class SmoothReLU(Smooth):
 
     def _ramp(self, a: Tensor) -> Tensor:
         sharp = self.sharpness
-        return F.relu(a) if sharp is None else F.softplus(a, beta=sharp, threshold=40)
+        return F.relu(a) if sharp is None else F.softplus(a, sharp, 40)
 
     def forward(self, a: Tensor) -> Tensor:
         out = self._ramp(a)
@@ -83,7 +80,8 @@ class SmoothMaxPool(Smooth):
             a = F.pad(a, (across, across, down, down), value=-1e3 * self.spread)
         windows = a.unfold(2, self.window[0], self.stride[0])
         windows = windows.unfold(3, self.window[1], self.stride[1])
-        return torch.logsumexp(sharp * windows.flatten(4), 4) / sharp
+        out: Tensor = torch.logsumexp(sharp * windows.flatten(4), 4) / sharp
+        return out
 
 
 def swapped(model: nn.Module) -> nn.Module:
@@ -199,7 +197,8 @@ def natural_like(data: DataSpec, count: int) -> Tensor:
     field = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(height, width))
     field = field[:, :1] + 0.3 * field[:, 1:]
     field = field / field.std((1, 2, 3), keepdim=True)
-    return (low + (high - low) * (0.5 + 0.25 * field)).clamp(low, high)
+    images: Tensor = (low + (high - low) * (0.5 + 0.25 * field)).clamp(low, high)
+    return images
 
 
 class _Spy(TorchFunctionMode):
@@ -219,11 +218,10 @@ class _Spy(TorchFunctionMode):
 
 
 def _run(network: nn.Module, state: ModelState, inputs: Tensor) -> None:
-    model = template(network, "eval")
-    wanted = {k for k, _ in model.named_buffers()} | {k for k, _ in model.named_parameters()}
+    wanted = {k for k, _ in network.named_buffers()} | {k for k, _ in network.named_parameters()}
     numbers = {k: v for k, v in {**state.params, **state.buffers}.items() if k in wanted}
     with torch.no_grad():
-        torch.func.functional_call(model, numbers, (inputs,))
+        torch.func.functional_call(network, numbers, (inputs,))
 
 
 def _smooth_module(layer: nn.Module | None) -> Smooth | None:
@@ -247,7 +245,7 @@ def _smooth_of(node: fx.Node, traced: fx.GraphModule) -> Smooth | None:
     if node.op not in ("call_function", "call_method"):
         return None
     name = node.target if isinstance(node.target, str) else _name_of(node.target)
-    rest = list(node.args[1:])
+    rest: list[Any] = list(node.args[1:])
     options: dict[str, Any] = {k: v for k, v in node.kwargs.items() if k != "inplace"}
     if name in ("relu", "relu_"):
         return SmoothReLU()
