@@ -242,7 +242,7 @@ def _smooth_of(node: fx.Node, traced: fx.GraphModule) -> Smooth | None:
     """What replaces one call of a traced network."""
     if node.op == "call_module":
         return _smooth_module(_module(node, traced))
-    if node.op not in ("call_function", "call_method"):
+    if node.op not in ("call_function", "call_method") or not node.args:
         return None
     name = node.target if isinstance(node.target, str) else _name_of(node.target)
     rest: list[Any] = list(node.args[1:])
