@@ -53,7 +53,7 @@ def test_it_beats_inverting_gradients_on_a_relu_network() -> None:
 
 def test_a_network_without_kinks_is_solved_without_a_path() -> None:
     seen, truth = seen_digits([30], gelu())
-    claim = Continuation(steps=600)(seen, generator=stream(3))
+    claim = Continuation(steps=300)(seen, generator=stream(3))
     assert claim.objective < 1e-8
     assert gl.metrics.psnr_db(claim.batch, truth) > 50
 
@@ -87,7 +87,7 @@ def test_targets_with_and_without_separated_heads_end_as_they_would_alone() -> N
     }
     exchange = replace(other.exchanges[0], update=replace(other.update, values=noisy))
     group = [replace(other, exchanges=(exchange,)), clean]
-    attack = Continuation(steps=16, restarts=2)
+    attack = Continuation(steps=6, stages=2, restarts=2)
     streams = [stream(7), stream(8)]
     together = attack.on_group(group, generators=streams, engine="loop")
     for seen, seed, claim in zip(group, (7, 8), together, strict=True):
