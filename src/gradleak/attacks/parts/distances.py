@@ -35,6 +35,17 @@ def cosine(predicted: Tensors, received: Tensors) -> Tensor:
     return 1 - inner / (own * theirs).clamp(min=torch.finfo(inner.dtype).tiny).sqrt()
 
 
+def direction_gap(predicted: Tensors, received: Tensors) -> Tensor:
+    """½ ‖p/‖p‖ − r/‖r‖‖² = 1 − cos(p, r), without the cancellation that stops at rounding."""
+    own = _total([(p**2).sum() for p in predicted.values()])
+    theirs = _total([(received[k] ** 2).sum() for k in predicted])
+    tiny = torch.finfo(own.dtype).tiny
+    own, theirs = own.clamp(min=tiny).sqrt(), theirs.clamp(min=tiny).sqrt()
+    return _total(
+        [0.5 * ((p / own - received[k] / theirs) ** 2).sum() for k, p in predicted.items()]
+    )
+
+
 def layer_weighted(distance: Distance, weights: Sequence[float]) -> Distance:
     """Sum `distance` over tensors one by one, the l-th times `weights[l]`."""
 

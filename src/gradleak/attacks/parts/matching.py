@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,7 +13,7 @@ from torch import Tensor
 from gradleak.attacks.parts.distances import Distance
 from gradleak.attacks.parts.fast import FastFit
 from gradleak.errors import InvalidInput
-from gradleak.types import Batch, Observation, Update, cast
+from gradleak.types import Batch, Mechanism, ModelState, Observation, Update, cast
 
 
 class Matching:
@@ -31,6 +32,7 @@ class Matching:
         first = seen[0]
         if any(o.state is not first.state or o.mechanism != first.mechanism for o in seen):
             raise InvalidInput("observations differ in state or mechanism: expected one of each")
+        self.seen = tuple(seen)
         self.state = first.state.to(dtype)
         self.mechanism = first.mechanism
         self.distance = distance
@@ -39,6 +41,20 @@ class Matching:
         self.dtype = dtype
         self.received = [cast(o.update.values, dtype) for o in seen]
         self._stacked: tuple[tuple[int, ...], dict[str, Tensor]] = ((), {})
+
+    def through(self, state: ModelState, *, mechanism: Mechanism | None = None) -> Matching:
+        """The same updates matched through another network.
+
+        Args:
+            state: with parameters named as the network's, or some of them: only these are matched.
+            mechanism: what the client is believed to do with it; None keeps the belief.
+        """
+        other = copy.copy(self)
+        other.state = state.to(self.dtype)
+        other.mechanism = mechanism or self.mechanism
+        other.received = [{k: r[k] for k in state.params} for r in self.received]
+        other._stacked = ((), {})
+        return other
 
     @property
     def parameters(self) -> int:

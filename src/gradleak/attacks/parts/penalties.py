@@ -28,6 +28,13 @@ def total_variation(inputs: Tensor, targets: Sequence[int] = ()) -> Tensor:
     return down.flatten(1).mean(1) + across.flatten(1).mean(1)
 
 
+def squared_variation(inputs: Tensor, targets: Sequence[int] = ()) -> Tensor:
+    """mean |∂_h x|² + mean |∂_w x|²; 0 on constants, smooth everywhere."""
+    down = (inputs[..., 1:, :] - inputs[..., :-1, :]) ** 2
+    across = (inputs[..., :, 1:] - inputs[..., :, :-1]) ** 2
+    return down.flatten(1).mean(1) + across.flatten(1).mean(1)
+
+
 def squared_norm(inputs: Tensor, targets: Sequence[int] = ()) -> Tensor:
     """mean x²; 0 at zero."""
     return (inputs**2).flatten(1).mean(1)
