@@ -54,6 +54,7 @@ class Matching:
         other.mechanism = mechanism or self.mechanism
         other.received = [{k: r[k] for k in state.params} for r in self.received]
         other._stacked = ((), {})
+        other.__dict__.pop("fast", None)
         return other
 
     @property
