@@ -370,8 +370,9 @@ class _Engines:
     def of(self, job: JobSpec, *, watcher: Watcher) -> Engine:
         size = len(job.targets) + (job.spare is not None)
         kind = "/".join(
-            map(str, (job.attack_spec, job.model, job.data_fingerprint, job.mechanism,
-                      job.local_steps, job.batch_size, size, job.device))
+            map(str, (job.attack_spec, job.defense_spec, job.model, job.data_fingerprint,
+                      job.mechanism, job.local_steps, job.batch_norm, ",".join(job.knows),
+                      job.batch_size, size, job.device))
         )  # fmt: skip
         if kind not in self._known:
             watcher.preparing(f"measuring how {job.attack} runs fastest")
