@@ -75,7 +75,9 @@ def observe(
             raise InvalidInput(f"labels {tuple(labels.shape)}: expected ({batch_size},)")
         if labels.is_floating_point() or labels.min() < 0 or labels.max() >= data.classes:
             raise InvalidInput(f"labels: expected whole numbers from 0 to {data.classes - 1}")
-    received = Update({k: v.detach().clone() for k, v in update.items()}, kind)
+    # A file keeps no order, and the head is found by its place: the network's order counts.
+    ordered = [k for k in state.params if k in update]
+    received = Update({k: update[k].detach().clone() for k in ordered}, kind)
     return Observation(
         exchanges=(Exchange(state, received),),
         mechanism=mechanism,

@@ -52,6 +52,16 @@ def test_row_sums_serve_where_the_head_has_no_bias() -> None:
         assert torch.equal(idlg(seen_from(model, batch)), batch.labels)
 
 
+def test_the_order_of_a_recorded_update_does_not_matter() -> None:
+    """A safetensors file gives its tensors back in any order."""
+    digits = load("digits")
+    seen = seen_from(build("mlp", digits.spec, seed=0), digits.batch([7]))
+    values = dict(reversed(seen.update.values.items()))
+    shuffled = gl.observe(seen.state, update=values, data=digits.spec, batch_size=1)
+    assert list(shuffled.update.values) == list(seen.state.params)
+    assert torch.equal(idlg(shuffled), digits.batch([7]).labels)
+
+
 def test_idlg_does_not_claim_a_batch() -> None:
     digits = load("digits")
     seen = seen_from(build("mlp", digits.spec, seed=0), digits.batch([0, 1]))

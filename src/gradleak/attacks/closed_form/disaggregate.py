@@ -66,7 +66,7 @@ def disaggregate(seen: Observation) -> Separated | str:
         )
     if not isinstance(seen.mechanism, FedSGD):
         return "the update is not the plain gradient of one batch"
-    names = list(seen.update.values)[-2:]
+    names = list(seen.state.params)[-2:]
     weight, bias = (seen.update.values[n].detach().double().cpu() for n in (names[0], names[-1]))
     if weight.ndim != 2 or bias.ndim != 1 or len(weight) != seen.data.classes:
         return "the network does not end in a linear layer of one unit a class, with a bias"

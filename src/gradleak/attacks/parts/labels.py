@@ -21,7 +21,7 @@ def head_signal(seen: Observation) -> Tensor:
     """
     size = seen.knowledge.batch_size or 1
     gradient = seen.mechanism.as_gradient(seen.update, batch_size=size).values
-    names = list(gradient)
+    names = list(seen.state.params)
     for name in reversed(names[-2:]):
         value = gradient[name]
         if value.shape[0] == seen.data.classes and value.ndim <= 2:
@@ -66,7 +66,7 @@ def sign_counts(seen: Observation) -> Tensor:
     signal = head_signal(seen).clone()
     if signal.abs().sum() == 0:
         raise NotApplicable("label counts: the head's gradient is zero")
-    head_has_bias = seen.update.values[list(seen.update.values)[-1]].ndim == 1
+    head_has_bias = seen.state.params[list(seen.state.params)[-1]].ndim == 1
     step = 1 / size if head_has_bias else float(-signal[signal < 0].sum()) / size
     found = signal.argsort()[: min(size, int((signal < 0).sum()))].tolist()
     signal[found] += step
