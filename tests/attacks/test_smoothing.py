@@ -54,13 +54,19 @@ def smooth_of(model: nn.Module) -> nn.Module:
     return network
 
 
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    FUNCTIONAL = Functional()
+    RELU6 = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.ReLU6())
+
+
 @pytest.mark.parametrize(
     "model",
     [
-        Functional(),
+        FUNCTIONAL,
         build("convnet", SPEC, seed=0),
         build("resnet18", SPEC, seed=0),
-        nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.ReLU6()),
+        RELU6,
     ],
     ids=["functional", "convnet", "resnet18", "relu6"],
 )
