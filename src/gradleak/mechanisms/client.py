@@ -71,6 +71,12 @@ class _OwnStatistics(nn.Module):
         return out * self.weight.reshape(shape) + self.bias.reshape(shape)
 
 
+def own_buffers(model: nn.Module, state: ModelState) -> dict[str, Tensor]:
+    """The fixed tensors of `state` that `model`, a template or a part of one, has a place for."""
+    own = {k for k, _ in model.named_buffers()} | {k for k, _ in model.named_parameters()}
+    return {k: v for k, v in state.buffers.items() if k in own}
+
+
 def client_gradient(
     state: ModelState,
     params: Mapping[str, Tensor],
@@ -81,8 +87,7 @@ def client_gradient(
 ) -> dict[str, Tensor]:
     """Gradient of the mean loss on `batch` at `params`, one tensor per parameter."""
     model = template(state.model, batch_norm)
-    wanted = dict(model.named_buffers()).keys() | dict(model.named_parameters()).keys()
-    fixed = {k: v for k, v in state.buffers.items() if k in wanted}
+    fixed = own_buffers(model, state)
 
     def objective(free: dict[str, Tensor]) -> Tensor:
         logits = torch.func.functional_call(model, (free, fixed), (batch.inputs,))
@@ -121,8 +126,7 @@ def batch_norm_statistics(state: ModelState, inputs: Tensor) -> dict[str, tuple[
     ]
     if not handles:
         return {}
-    wanted = dict(model.named_buffers()).keys() | dict(model.named_parameters()).keys()
-    fixed = {k: v for k, v in state.buffers.items() if k in wanted}
+    fixed = own_buffers(model, state)
     try:
         torch.func.functional_call(model, (dict(state.params), fixed), (inputs,))
     finally:

@@ -23,7 +23,7 @@ from gradleak.attacks.parts.search import Search
 from gradleak.attacks.parts.unknowns import Images, Variables
 from gradleak.attacks.recipe import Recipe
 from gradleak.mechanisms import FedSGD
-from gradleak.mechanisms.client import template
+from gradleak.mechanisms.client import own_buffers, template
 from gradleak.types import About, Fact, ModelState, Observation, Status
 
 
@@ -203,7 +203,7 @@ def _features_penalty(state: ModelState, features: Tensor) -> Penalty:
     model = template(state.model, "eval")
 
     def penalty(inputs: Tensor, targets: Sequence[int]) -> Tensor:
-        numbers = (dict(state.params), _own_buffers(model, state))
+        numbers = (dict(state.params), own_buffers(model, state))
         flat = torch.func.functional_call(model, numbers, (inputs.flatten(0, 1),))
         wanted = features[list(targets)]
         reached = flat.reshape(wanted.shape)
@@ -211,11 +211,6 @@ def _features_penalty(state: ModelState, features: Tensor) -> Penalty:
         return (gap**2).sum((1, 2)) / (wanted**2).sum((1, 2))
 
     return penalty
-
-
-def _own_buffers(model: nn.Module, state: ModelState) -> dict[str, Tensor]:
-    own = {k for k, _ in model.named_buffers()} | {k for k, _ in model.named_parameters()}
-    return {k: v for k, v in state.buffers.items() if k in own}
 
 
 def _separated(seen: Observation) -> Separated | None:
