@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from gradleak.errors import IntractableLikelihood, InvalidInput
 from gradleak.mechanisms.client import BatchNormMode, Loss, check_positive, client_gradient
+from gradleak.mechanisms.unroll import Params, Visit, unroll
 from gradleak.types import Batch, ModelState, Update, UpdateKind
 
 Order = tuple[tuple[int, ...], ...]
@@ -126,14 +127,16 @@ class FedAvg:
         return orders
 
     def _train(self, state: ModelState, batch: Batch, order: Order) -> Update:
-        params = dict(state.params)
-        for step in order:
-            chosen = batch
-            if len(step) != len(batch) or list(step) != list(range(len(batch))):
-                index = torch.tensor(step, device=batch.inputs.device)
-                chosen = Batch(batch.inputs[index], batch.labels[index])
+        def step(
+            params: dict[str, Tensor], batch: Batch, visit: tuple[int, ...]
+        ) -> dict[str, Tensor]:
+            if visit != tuple(range(len(batch))):
+                index = torch.tensor(visit, device=batch.inputs.device)
+                batch = Batch(batch.inputs[index], batch.labels[index])
             gradient = client_gradient(
-                state, params, chosen, loss=self.loss, batch_norm=self.batch_norm
+                state, params, batch, loss=self.loss, batch_norm=self.batch_norm
             )
-            params = {k: p - self.learning_rate * gradient[k] for k, p in params.items()}
+            return {k: p - self.learning_rate * gradient[k] for k, p in params.items()}
+
+        params = unroll(step, dict(state.params), batch, order)
         return Update({k: params[k] - state.params[k] for k in params}, "delta")
