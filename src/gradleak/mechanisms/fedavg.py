@@ -127,9 +127,7 @@ class FedAvg:
         return orders
 
     def _train(self, state: ModelState, batch: Batch, order: Order) -> Update:
-        def step(
-            params: dict[str, Tensor], batch: Batch, visit: tuple[int, ...]
-        ) -> dict[str, Tensor]:
+        def step(params: Params, batch: Batch, visit: Visit) -> Params:
             if visit != tuple(range(len(batch))):
                 index = torch.tensor(visit, device=batch.inputs.device)
                 batch = Batch(batch.inputs[index], batch.labels[index])
