@@ -199,7 +199,9 @@ def run_audit(
     # Says what does not fit before anything is written; the states are not needed for that.
     plan(settings, dataset, division, states=dict.fromkeys(_stages(settings), Broadcast("", "")))
     _check_directory(directory)
-    with _cluster(settings, watcher=watcher), Store(directory) as store:
+    if not (directory / RESULT).exists():
+        _check_cluster(settings)
+    with Store(directory) as store:
         prepared = _prepare_states(settings, network, dataset, division, watcher=watcher)
         jobs = plan(settings, dataset, division, states=prepared)
         _run(settings, jobs, store, watcher=watcher)
@@ -321,9 +323,12 @@ def _run(
         shares[job.key] = share * len(job.targets)
         watcher.running(done + sum(shares.values()), total=total, resumed=resumed)
 
-    watcher.running(done, total=total, resumed=resumed)
     by_key = {job.key: job for job in left}
-    with contextlib.closing(_trials(settings, left, progress=progress)) as trials:
+    with (
+        _cluster(settings, watcher=watcher),
+        contextlib.closing(_trials(settings, left, progress=progress)) as trials,
+    ):
+        watcher.running(done, total=total, resumed=resumed)
         for trial in trials:
             store.append(trial.record, tensors=trial.tensors)
             key = trial.record["key"]
@@ -345,6 +350,14 @@ def _trials(
     if workers == 0:
         return run_here(jobs, progress=progress)
     return run_in_processes(jobs, workers=min(workers, len(jobs)), progress=progress)
+
+
+def _check_cluster(settings: AuditSettings) -> None:
+    """Find a wrong address before anything is done; a finished run needs no cluster."""
+    if settings.ray is not None:
+        from gradleak.run.on_ray import check
+
+        check(settings.ray)
 
 
 @contextlib.contextmanager

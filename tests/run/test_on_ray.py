@@ -18,6 +18,7 @@ import pytest
 
 from gradleak.auditing import run_audit
 from gradleak.cli import run
+from gradleak.run.jobs import JobSpec
 from gradleak.run.settings import AuditSettings
 
 AUDIT = {
@@ -132,7 +133,22 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
-def test_a_node_killed_in_the_middle_loses_nothing(cluster: Any, tmp_path: Path) -> None:
+def test_a_node_killed_in_the_middle_loses_nothing(
+    cluster: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from gradleak.run import on_ray
+
+    submitted: list[str] = []
+    submit = on_ray._Load.submit
+
+    def counted(self: on_ray._Load, job: JobSpec) -> Any:
+        submitted.append(job.key)
+        return submit(self, job)
+
+    monkeypatch.setattr(on_ray._Load, "submit", counted)
     calm, out = tmp_path / "calm", tmp_path / "out"
     work = {"attack": ["linear-layer", "dlg:steps=150,restarts=1"], "targets": 16}
     run_audit(settings(calm, workers=0, **work))
@@ -152,6 +168,19 @@ def test_a_node_killed_in_the_middle_loses_nothing(cluster: Any, tmp_path: Path)
     assert findings(out) == findings(calm)
     keys = [json.loads(line)["key"] for line in (out / "trials.jsonl").read_text().splitlines()]
     assert len(keys) == len(set(keys)) == 8
+    assert len(submitted) > len(set(submitted)) == 8  # what the node had in hand ran again
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+def test_a_finished_run_needs_no_cluster(cluster: Any, tmp_path: Path) -> None:
+    work = {"attack": "linear-layer", "defense": "none"}
+    address = cluster.address
+    cluster.add_node(num_cpus=1)
+    first = run_audit(settings(tmp_path / "out", ray=address, **work))
+    cluster.shutdown()
+    assert run_audit(settings(tmp_path / "out", ray=address, **work)).findings == first.findings
 
 
 @pytest.mark.slow

@@ -55,6 +55,8 @@ _Answer: TypeAlias = "float | tuple[dict[str, Any], bytes | None]"
 def connected(address: str, *, workers: int | None) -> Iterator[None]:
     """Be connected to the cluster at `address`, or to the one this process is connected to already.
 
+    What Ray prints meanwhile, such as the dump of a node that died, goes to stderr.
+
     Args:
         address: "local", "auto" or HOST:PORT.
         workers: processors of a local cluster; None takes all.
@@ -68,8 +70,8 @@ def connected(address: str, *, workers: int | None) -> Iterator[None]:
     here: dict[str, Any] = {"address": address}
     if address == LOCAL:
         here |= {"num_cpus": workers, "include_dashboard": False}
-    elif address != "auto":
-        _knock(address)
+    else:
+        check(address)
     on_termination = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**here, log_to_driver=False, logging_level="ERROR")
@@ -81,9 +83,32 @@ def connected(address: str, *, workers: int | None) -> Iterator[None]:
     try:
         if not ray.cluster_resources().get("CPU"):
             raise InvalidInput(f"--ray {address!r}: the cluster has no processors")
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         ray.shutdown()
+
+
+def check(address: str) -> None:
+    """Find out that nobody is there before Ray does, which takes a minute or ends the process.
+
+    Raises:
+        InvalidInput: no Ray head answers at HOST:PORT.
+    """
+    if address in (LOCAL, "auto"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise InvalidInput(f"--ray {address!r}: expected local, auto or HOST:PORT")
+    try:
+        with socket.create_connection((host, int(port)), timeout=_SECONDS_TO_CONNECT) as line:
+            line.sendall(_HTTP2_GREETING)
+            answer = line.recv(9)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidInput(f"--ray {address!r}: cannot connect, {reason}") from None
+    if answer[3:4] != _HTTP2_SETTINGS:
+        raise InvalidInput(f"--ray {address!r}: something listens there that is no Ray head")
 
 
 def run_on_ray(
@@ -221,22 +246,6 @@ def _fetched(data: Any) -> Dataset:
 
 def _versions() -> str:
     return f"gradleak {version()}, torch {torch.__version__.partition('+')[0]}"
-
-
-def _knock(address: str) -> None:
-    """Find out that nobody is there before Ray does, which takes a minute or ends the process."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or "/" in host:
-        raise InvalidInput(f"--ray {address!r}: expected local, auto or HOST:PORT")
-    try:
-        with socket.create_connection((host, int(port)), timeout=_SECONDS_TO_CONNECT) as line:
-            line.sendall(_HTTP2_GREETING)
-            answer = line.recv(9)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InvalidInput(f"--ray {address!r}: cannot connect, {reason}") from None
-    if answer[3:4] != _HTTP2_SETTINGS:
-        raise InvalidInput(f"--ray {address!r}: something listens there that is no Ray head")
 
 
 def _line(error: BaseException) -> str:
