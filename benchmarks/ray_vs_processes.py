@@ -36,6 +36,9 @@ class Clock:
     def __init__(self) -> None:
         self.said: list[float] = []
 
+    def planned(self, plan: str) -> None:
+        """Not a trial."""
+
     def preparing(self, what: str) -> None:
         """Not a trial."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import platform
 import shlex
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ import torch
 
 from gradleak import jsonsafe, models
 from gradleak.attacks import ATTACKS
+from gradleak.attacks import build as build_attack
 from gradleak.attacks.parts.objective import Engine
 from gradleak.data import Dataset, Split
 from gradleak.defenses import DEFENSES
@@ -25,11 +27,12 @@ from gradleak.errors import CorruptFile, InvalidInput
 from gradleak.run import states
 from gradleak.run.executor import Progress, run_here, run_in_processes
 from gradleak.run.jobs import JobSpec, attack_spec, defense_spec, derive, device_of, plan, version
+from gradleak.run.memory import Arrangement, arranged, free_memory, needed
 from gradleak.run.settings import KNOWN_BY_DEFAULT, AuditSettings, Condition, option
 from gradleak.run.states import Broadcast
 from gradleak.run.store import Store, read_json, write_whole
-from gradleak.run.trial import Trial, divide, load_data, settle_engine, targets_of
-from gradleak.types import Fact
+from gradleak.run.trial import Trial, divide, load_data, mechanism_of, settle_engine, targets_of
+from gradleak.types import Fact, ModelState
 
 SCHEMA_VERSION = 1
 RESULT = "result.json"
@@ -38,6 +41,10 @@ ENGINES = "engines.json"
 
 class Watcher(Protocol):
     """Somebody who wants to see an audit advance."""
+
+    def planned(self, plan: str) -> None:
+        """What is about to run, in one line, before it does."""
+        ...
 
     def preparing(self, what: str) -> None:
         """Something other than trials goes on; `what` says what, in a few words."""
@@ -50,6 +57,9 @@ class Watcher(Protocol):
 
 class Unwatched:
     """Nobody looks."""
+
+    def planned(self, plan: str) -> None:
+        pass
 
     def preparing(self, what: str) -> None:
         pass
@@ -119,6 +129,7 @@ def audit(
     budget: str | None = None,
     device: str | None = None,
     workers: int | None = None,
+    memory: float | None = None,
     ray: str | None = None,
     out: str | Path | None = None,
     fail_on: str | Sequence[str] | None = None,
@@ -153,6 +164,7 @@ def audit(
         "budget": budget,
         "device": device,
         "workers": workers,
+        "memory": memory,
         "ray": ray,
         "out": out,
         "fail_on": fail_on,
@@ -197,14 +209,19 @@ def run_audit(
     division = divide(dataset, settings.seed)
     network = models.build(settings.model, dataset.spec, seed=derive(settings.seed, "model"))
     # Says what does not fit before anything is written; the states are not needed for that.
-    plan(settings, dataset, division, states=dict.fromkeys(_stages(settings), Broadcast("", "")))
+    unprepared = dict.fromkeys(_stages(settings), Broadcast("", ""))
+    jobs = plan(settings, dataset, division, states=unprepared)
     _check_directory(directory)
+    arrange = functools.partial(
+        _arranged, settings, state=ModelState.of(network), dataset=dataset, division=division
+    )
     if not (directory / RESULT).exists():
         _check_cluster(settings)
+        arrange(jobs)
     with Store(directory) as store:
         prepared = _prepare_states(settings, network, dataset, division, watcher=watcher)
         jobs = plan(settings, dataset, division, states=prepared)
-        _run(settings, jobs, store, watcher=watcher)
+        _run(settings, jobs, store, watcher=watcher, arrange=arrange)
         records = [store.records[job.key] for job in jobs]
         watcher.preparing("writing the report")
         result = _result(
@@ -305,8 +322,45 @@ def _prepare_states(
     }
 
 
+def _arranged(
+    settings: AuditSettings,
+    jobs: Sequence[JobSpec],
+    *,
+    state: ModelState,
+    dataset: Dataset,
+    division: Split,
+) -> Arrangement:
+    """Make the jobs fit into memory, or refuse."""
+    device = jobs[0].device
+    resident = dataset.images.nbytes + dataset.labels.nbytes
+    resident += 4 * len(division.public) * dataset.images[0].numel()  # the public half in float32
+    needs = [
+        needed(
+            build_attack(job.attack_spec),
+            mechanism_of(job),
+            state,
+            dataset.spec,
+            batch_size=job.batch_size,
+            targets=len(job.targets) + (job.spare is not None),
+            data=resident,
+        )
+        for job in jobs
+    ]
+    return arranged(
+        needs,
+        workers=settings.workers,
+        most_workers=1 if device == "cuda" else min(len(jobs), _cores()),
+        free=None if settings.ray else free_memory(settings.memory, device=device),
+    )
+
+
 def _run(
-    settings: AuditSettings, jobs: Sequence[JobSpec], store: Store, *, watcher: Watcher
+    settings: AuditSettings,
+    jobs: Sequence[JobSpec],
+    store: Store,
+    *,
+    watcher: Watcher,
+    arrange: Callable[[Sequence[JobSpec]], Arrangement],
 ) -> None:
     """Run the jobs that the store lacks. Jobs that ended in an error get another chance."""
     left = [j for j in jobs if store.records.get(j.key, {"state": "error"})["state"] == "error"]
@@ -314,6 +368,12 @@ def _run(
     resumed = total - targets_of(left)
     if not left:
         return
+    arrangement = arrange(left)
+    watcher.planned(str(arrangement))
+    left = [
+        dataclasses.replace(j, trials_at_once=most)
+        for j, most in zip(left, arrangement.together, strict=True)
+    ]
     engines = _Engines(store.directory / ENGINES)
     left = [dataclasses.replace(j, engine=engines.of(j, watcher=watcher)) for j in left]
     done = float(resumed)
@@ -326,7 +386,9 @@ def _run(
     by_key = {job.key: job for job in left}
     with (
         _cluster(settings, watcher=watcher),
-        contextlib.closing(_trials(settings, left, progress=progress)) as trials,
+        contextlib.closing(
+            _trials(settings, left, workers=arrangement.workers, progress=progress)
+        ) as trials,
     ):
         watcher.running(done, total=total, resumed=resumed)
         for trial in trials:
@@ -338,16 +400,13 @@ def _run(
 
 
 def _trials(
-    settings: AuditSettings, jobs: Sequence[JobSpec], *, progress: Progress
+    settings: AuditSettings, jobs: Sequence[JobSpec], *, workers: int | None, progress: Progress
 ) -> Generator[Trial]:
-    workers = settings.workers
     if settings.ray is not None:
         from gradleak.run.on_ray import run_on_ray
 
         return run_on_ray(jobs, workers=workers, progress=progress)
-    if workers is None:
-        workers = 1 if jobs[0].device == "cuda" else min(len(jobs), _cores())
-    if workers == 0:
+    if not workers:
         return run_here(jobs, progress=progress)
     return run_in_processes(jobs, workers=min(workers, len(jobs)), progress=progress)
 

@@ -100,6 +100,9 @@ def test_workers_and_this_process_agree(network: Callable[[str], str]) -> None:
 
 def test_an_interrupt_ends_the_workers(network: Callable[[str], str]) -> None:
     class Impatient:
+        def planned(self, plan: str) -> None:
+            pass
+
         def preparing(self, what: str) -> None:
             pass
 

@@ -58,6 +58,9 @@ class Watching:
     def __init__(self) -> None:
         self.shares: list[float] = []
 
+    def planned(self, plan: str) -> None:
+        pass
+
     def preparing(self, what: str) -> None:
         pass
 

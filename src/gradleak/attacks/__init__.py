@@ -45,6 +45,7 @@ def attack_all(
     *,
     seed: int = 0,
     engine: Engine = "auto",
+    trials_at_once: int | None = None,
     progress: Callable[[float, int], None] = lambda done, total: None,
 ) -> list[Reconstruction]:
     """Run one attack over many observations, vectorised where they share a broadcast state.
@@ -57,6 +58,7 @@ def attack_all(
         observations: one per target.
         seed: of the attacker's randomness.
         engine: how trials run together; "auto" measures.
+        trials_at_once: most trials that may step together, where memory is short.
         progress: called with (targets done, in fractions where a search tells; targets in all).
 
     Raises:
@@ -73,7 +75,13 @@ def attack_all(
             def partly(share: float, before: int = before, size: int = size) -> None:
                 progress(before + share * size, len(observations))
 
-            found = attack.on_group(seen, generators=generators, engine=engine, progress=partly)
+            found = attack.on_group(
+                seen,
+                generators=generators,
+                engine=engine,
+                trials_at_once=trials_at_once,
+                progress=partly,
+            )
         else:
             found = [attack(seen[0], generator=generators[0])]
         claims.update(zip(group, found, strict=True))

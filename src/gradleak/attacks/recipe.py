@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from gradleak.attacks.parts.memory import Limit
 from gradleak.attacks.parts.needs import require
 from gradleak.attacks.parts.objective import Engine, Objective, calibrated
 from gradleak.attacks.parts.search import Search
@@ -26,6 +28,11 @@ class Recipe(ABC):
     about: ClassVar[About]
     budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Fields to override for the audit budgets "quick" and "thorough"."""
+
+    dtype: ClassVar[torch.dtype] = torch.float64
+    """Precision of the search."""
+    copies: ClassVar[int] = 400
+    """Copies of its variables that a search keeps: L-BFGS holds 2 · 2 · 100 vectors."""
 
     restarts: int
 
@@ -46,6 +53,7 @@ class Recipe(ABC):
         *,
         generators: Sequence[torch.Generator],
         engine: Engine = "auto",
+        trials_at_once: int | None = None,
         progress: Callable[[float], None] = lambda share: None,
     ) -> list[Reconstruction]:
         """Attack every observation; the i-th starts as it would alone with `generators[i]`.
@@ -54,6 +62,7 @@ class Recipe(ABC):
             seen: observations that share a broadcast state.
             generators: the attacker's stream for each of them.
             engine: how trials run together; "auto" measures.
+            trials_at_once: most trials that may step together; None leaves it to the engine.
             progress: told the share of the search's budget spent.
 
         Raises:
@@ -67,18 +76,24 @@ class Recipe(ABC):
         ]
         start = {k: torch.cat([s[k] for s in starts]) for k in starts[0]}
         targets = tuple(i for i in range(len(seen)) for _ in range(self.restarts))
-        objective = replace(objective, targets=targets, engine=engine, progress=progress)
+        limit = Limit(trials_at_once or sys.maxsize)
+        objective = replace(
+            objective, targets=targets, engine=engine, progress=progress, limit=limit
+        )
         if engine == "auto":
             objective = replace(objective, engine=calibrated(objective, start))
         return _choose(objective, self.search(objective, start), len(seen))
 
-    def settle_engine(self, seen: Sequence[Observation]) -> Engine:
+    def settle_engine(
+        self, seen: Sequence[Observation], *, trials_at_once: int | None = None
+    ) -> Engine:
         """Measure which engine suits these observations, without attacking them."""
         objective = self.compose(seen)
         stream = torch.Generator().manual_seed(0)
         start = objective.unknown.start(stream, restarts=self.restarts * len(seen))
         targets = tuple(i for i in range(len(seen)) for _ in range(self.restarts))
-        return calibrated(replace(objective, targets=targets), start)
+        limit = Limit(trials_at_once or sys.maxsize)
+        return calibrated(replace(objective, targets=targets, limit=limit), start)
 
     def objective(self, seen: Observation) -> Callable[[Batch], float]:
         """The attack's own objective as a function of any claim (an auditor passes the truth)."""

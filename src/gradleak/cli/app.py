@@ -98,6 +98,9 @@ Device = Annotated[str | None, _option("auto, cpu or cuda [auto]", _EFFORT)]
 Workers = Annotated[
     int | None, _option("worker processes; 0 uses this process [one per core]", _EFFORT)
 ]
+Memory = Annotated[
+    float | None, _option("GB that all workers together may use [what is free]", _EFFORT)
+]
 Ray = Annotated[
     str | None,
     _option("run trials on a Ray cluster: HOST:PORT, auto, or local to start one", _EFFORT),
@@ -150,6 +153,7 @@ def audit(
     budget: Budget = None,
     device: Device = None,
     workers: Workers = None,
+    memory: Memory = None,
     ray: Ray = None,
     out: Out = None,
     fail_on: FailOn = None,
@@ -188,6 +192,7 @@ def attack_command(
     budget: Budget = None,
     device: Device = None,
     workers: Workers = None,
+    memory: Memory = None,
     ray: Ray = None,
     out: Out = None,
     update: Annotated[
@@ -303,8 +308,11 @@ def _attack_recorded(identifier: str, given: dict[str, Any]) -> None:
     from gradleak.cli.tables import print_claim
     from gradleak.run.recorded import RecordedSettings, attack_recorded
 
-    given.pop("quiet", None)
-    claim = attack_recorded(RecordedSettings.of(identifier, given))
+    quiet = given.pop("quiet", False)
+    claim = attack_recorded(
+        RecordedSettings.of(identifier, given),
+        planned=lambda plan: None if quiet else typer.echo(plan, err=True),
+    )
     print_claim(claim)
     if claim.reconstruction.status in ("failed", "diverged"):
         raise typer.Exit(FAILED)

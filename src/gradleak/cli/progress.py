@@ -41,6 +41,10 @@ class Bar:
     ) -> None:
         self._progress.stop()
 
+    def planned(self, plan: str) -> None:
+        """Show the plan, to stay."""
+        self._console.print(plan, highlight=False, soft_wrap=True)
+
     def preparing(self, what: str) -> None:
         """Show what goes on besides trials."""
         self._progress.update(self._task, description=what, detail="")

@@ -18,11 +18,14 @@ from gradleak.attacks import ATTACKS
 from gradleak.attacks.parts.objective import Engine
 from gradleak.data import Dataset, Split
 from gradleak.defenses import DEFENSES
+from gradleak.defenses import build as build_defense
 from gradleak.errors import InvalidInput
+from gradleak.mechanisms import FedAvg, FedSGD
+from gradleak.mechanisms.client import BatchNormMode
 from gradleak.run.settings import AuditSettings
 from gradleak.run.states import Broadcast
 from gradleak.threat import ThreatModel
-from gradleak.types import Fact
+from gradleak.types import Fact, Mechanism
 
 LARGEST_GROUP = 8
 """Targets that one job attacks side by side."""
@@ -68,6 +71,7 @@ class JobSpec:
         bank: examples of the private pool that form the identification bank.
         device: "cpu" or "cuda".
         engine: how the attack is vectorised.
+        trials_at_once: most trials that memory lets step together.
     """
 
     key: str = ""
@@ -84,7 +88,7 @@ class JobSpec:
     mechanism: str
     local_steps: int | None
     local_learning_rate: float | None
-    batch_norm: str
+    batch_norm: BatchNormMode
     batch_size: int
     attack: str
     attack_spec: str
@@ -101,6 +105,7 @@ class JobSpec:
     bank: int
     device: str
     engine: Engine | None = None
+    trials_at_once: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The job as plain JSON values."""
@@ -118,7 +123,9 @@ class JobSpec:
         Where the run lies and how it is vectorised are no part of what is measured.
         """
         content = self.to_json()
-        for name in ("key", "directory", "data", "data_dir", "state", "engine"):
+        for name in (
+            "key", "directory", "data", "data_dir", "state", "engine", "trials_at_once",
+        ):  # fmt: skip
             del content[name]
         content["version"] = version()
         text = json.dumps(content, sort_keys=True)
@@ -182,6 +189,35 @@ def defense_spec(spec: str) -> tuple[str, str]:
     layers = [registry.build("defense", part.strip(), DEFENSES) for part in spec.split("+")]
     ids = "+".join(layer.id for layer in layers)
     return ids, "+".join(registry.describe(layer) for layer in layers)
+
+
+def client_of(
+    mechanism: str,
+    *,
+    local_steps: int | None,
+    local_learning_rate: float | None,
+    batch_norm: BatchNormMode,
+    defense: str,
+) -> Mechanism:
+    """The client that settings describe: local training under its protections.
+
+    Args:
+        mechanism: "fedsgd" or "fedavg".
+        local_steps: of fedavg; None takes the default, as for the learning rate.
+        local_learning_rate: of fedavg.
+        batch_norm: statistics the client normalises by.
+        defense: notation of the protections.
+    """
+    core: Mechanism = (
+        FedAvg(
+            steps=local_steps or DEFAULT_LOCAL_STEPS,
+            learning_rate=local_learning_rate or DEFAULT_LOCAL_LEARNING_RATE,
+            batch_norm=batch_norm,
+        )
+        if mechanism == "fedavg"
+        else FedSGD(batch_norm=batch_norm)
+    )
+    return build_defense(defense)(core)
 
 
 def device_of(settings: AuditSettings) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,18 @@ from torch import Tensor
 from gradleak import jsonsafe, models
 from gradleak.attacks import attack_all
 from gradleak.attacks import build as build_attack
-from gradleak.defenses import build as build_defense
 from gradleak.errors import CorruptFile, InvalidInput, NotApplicable, nearest
-from gradleak.mechanisms import FedAvg, FedSGD
 from gradleak.observation import observe
-from gradleak.run.jobs import (
-    DEFAULT_LOCAL_LEARNING_RATE,
-    DEFAULT_LOCAL_STEPS,
-    attack_spec,
-    derive,
-)
+from gradleak.run import memory
+from gradleak.run.jobs import attack_spec, client_of, derive
 from gradleak.run.settings import AuditSettings, option, read_config
 from gradleak.run.store import write_whole
-from gradleak.types import DataSpec, Mechanism, Reconstruction, Update
+from gradleak.types import DataSpec, Reconstruction, Update
 
 _NEEDED = ("update", "state", "model", "data_spec")
 _SHARED = (
     "model", "mechanism", "local_steps", "local_learning_rate", "batch_norm", "batch_size",
-    "defense", "seed", "budget", "out",
+    "defense", "seed", "budget", "memory", "out",
 )  # fmt: skip
 _SPEC_KEYS = ("modality", "shape", "classes", "bounds", "class_names")
 
@@ -109,42 +103,55 @@ class Claim:
     directory: Path
 
 
-def attack_recorded(recorded: RecordedSettings) -> Claim:
+def attack_recorded(
+    recorded: RecordedSettings, *, planned: Callable[[str], None] = lambda plan: None
+) -> Claim:
     """Attack the update and write the claim.
 
+    Args:
+        recorded: what to attack.
+        planned: told the memory that is needed, before the work starts.
+
     Raises:
-        InvalidInput: a file does not fit, or the attack does not apply.
+        InvalidInput: a file does not fit, the attack does not apply, or memory is too small.
     """
     settings = recorded.settings
     spec = attack_spec(settings.attack[0], budget=settings.budget)
-    defense = build_defense(settings.defense[0])
     data = read_data_spec(recorded.data_spec)
     model = models.build(settings.model, data, seed=derive(settings.seed, "model"))
     state = models.load_weights(recorded.state, model)
     update = read_update(recorded.update)
     if not any(bool(value.any()) for value in update.values()):
         raise InvalidInput(f"{str(recorded.update)!r}: the update is zero, it shows nothing")
-    fedavg = settings.mechanism == "fedavg"
-    core: Mechanism = (
-        FedAvg(
-            steps=settings.local_steps or DEFAULT_LOCAL_STEPS,
-            learning_rate=settings.local_learning_rate or DEFAULT_LOCAL_LEARNING_RATE,
-            batch_norm=settings.batch_norm,
-        )
-        if fedavg
-        else FedSGD(batch_norm=settings.batch_norm)
+    client = client_of(
+        settings.mechanism,
+        local_steps=settings.local_steps,
+        local_learning_rate=settings.local_learning_rate,
+        batch_norm=settings.batch_norm,
+        defense=settings.defense[0],
     )
     seen = observe(
         state,
         update=update,
-        kind="delta" if fedavg else "gradient",
+        kind=client.kind,
         data=data,
-        mechanism=defense(core),
+        mechanism=client,
         batch_size=settings.batch_size[0],
         labels=None if recorded.labels is None else torch.tensor(recorded.labels),
     )
+    attack = build_attack(spec)
+    size = settings.batch_size[0]
+    need = memory.needed(attack, client, state, data, batch_size=size, targets=1)
+    free = memory.free_memory(settings.memory, device="cpu")
+    arranged = memory.arranged([need], workers=0, most_workers=1, free=free)
+    planned(str(arranged))
     try:
-        claim = attack_all(build_attack(spec), [seen], seed=derive(settings.seed, "attack"))[0]
+        (claim,) = attack_all(
+            attack,
+            [seen],
+            seed=derive(settings.seed, "attack"),
+            trials_at_once=arranged.together[0],
+        )
     except NotApplicable as reason:
         raise InvalidInput(f"the attack does not apply: {reason}") from None
     _write(Path(settings.out), claim, spec=spec, recorded=recorded, data=data)

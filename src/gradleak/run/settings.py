@@ -60,6 +60,7 @@ class AuditSettings:
         budget: how much work per target.
         device: where attacks run.
         workers: worker processes; 0 runs in this process.
+        memory: GB (10⁹ bytes) that all workers together may use; None takes what is free.
         ray: Ray cluster whose workers run the trials: HOST:PORT, auto, or local to start one.
         out: directory of the report; the same directory resumes.
         fail_on: conditions `[DEFENSE:]METRIC OP NUMBER` that give exit status 1.
@@ -93,6 +94,7 @@ class AuditSettings:
     budget: Budget = "quick"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int | None = None
+    memory: float | None = None
     ray: str | None = None
     out: str = "gradleak-report"
     fail_on: tuple[str, ...] = ()
@@ -111,6 +113,12 @@ class AuditSettings:
         if self.workers == 0 and self.ray is not None:
             raise InvalidInput(
                 "--workers 0 contradicts --ray: trials run in this process or on a cluster"
+            )
+        if self.memory is not None and not 0 < self.memory < float("inf"):
+            raise InvalidInput(f"--memory {self.memory}: expected a positive number of GB")
+        if self.memory is not None and self.ray is not None:
+            raise InvalidInput(
+                "--memory contradicts --ray: the nodes of a cluster have memory of their own"
             )
         if not 0 <= self.seed < 2**63:
             raise InvalidInput(f"--seed {self.seed}: expected a whole number from 0 to 2^63 − 1")

@@ -20,10 +20,8 @@ from gradleak.attacks import build as build_attack
 from gradleak.attacks.parts.objective import Engine
 from gradleak.attacks.recipe import Recipe
 from gradleak.data import Dataset, Split
-from gradleak.defenses import build as build_defense
 from gradleak.errors import GradleakError, InvalidInput, NotApplicable
-from gradleak.mechanisms import FedAvg, FedSGD
-from gradleak.run.jobs import JobSpec, adaptive, derive
+from gradleak.run.jobs import JobSpec, adaptive, client_of, derive
 from gradleak.run.preflight import merged, objective_warnings, preflight
 from gradleak.run.states import broadcast
 from gradleak.run.store import TENSORS
@@ -103,16 +101,13 @@ def divide(dataset: Dataset, seed: int) -> Split:
 
 def mechanism_of(job: JobSpec) -> Mechanism:
     """The client of a job: local training under its protections."""
-    core: Mechanism = (
-        FedAvg(
-            steps=job.local_steps,
-            learning_rate=job.local_learning_rate or 0.0,
-            batch_norm=job.batch_norm,  # type: ignore[arg-type]
-        )
-        if job.mechanism == "fedavg"
-        else FedSGD(batch_norm=job.batch_norm)  # type: ignore[arg-type]
+    return client_of(
+        job.mechanism,
+        local_steps=job.local_steps,
+        local_learning_rate=job.local_learning_rate,
+        batch_norm=job.batch_norm,
+        defense=job.defense_spec,
     )
-    return build_defense(job.defense_spec)(core)
 
 
 def settle_engine(job: JobSpec) -> Engine:
@@ -127,7 +122,7 @@ def settle_engine(job: JobSpec) -> Engine:
     dataset = load_data(job.data, job.data_dir)
     targets = simulate_targets(job, dataset, divide(dataset, job.seed))
     try:
-        return attack.settle_engine([t.seen for t in targets])
+        return attack.settle_engine([t.seen for t in targets], trials_at_once=job.trials_at_once)
     except Exception:  # the trial itself will say what is wrong
         return "loop"
 
@@ -188,6 +183,7 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
         [t.seen for t in targets],
         seed=derive(job.seed, "attack", job.group),
         engine=job.engine or "auto",
+        trials_at_once=job.trials_at_once,
         progress=lambda done, total: progress(done / max(total, 1)),
     )
     seconds = time.perf_counter() - started

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gradleak.attacks.parts.matching import Matching
+from gradleak.attacks.parts.memory import Limit
 from gradleak.attacks.parts.penalties import Penalty
 from gradleak.attacks.parts.unknowns import Images, Variables
 from gradleak.errors import InvalidInput
@@ -42,6 +43,7 @@ class Objective:
         targets: target of every trial.
         engine: how several trials are evaluated; "auto" must be settled by `calibrated` first.
         progress: searches tell it the share of their budget spent.
+        limit: how many trials memory lets step together; shared by all that descend from this.
     """
 
     unknown: Images
@@ -50,6 +52,7 @@ class Objective:
     targets: tuple[int, ...] = (0,)
     engine: Engine = "loop"
     progress: Callable[[float], None] = lambda share: None
+    limit: Limit = field(default_factory=Limit)
 
     def values(self, variables: Variables, targets: Sequence[int]) -> Tensor:
         """Objective of several trials (trials,), differentiable in the variables."""
@@ -75,24 +78,26 @@ class Objective:
             variables: rows of the given trials only, in the same order.
             trials: which trials these are.
         """
-        chunk = 1 if self.engine == "loop" else self.trials_at_once
-        values, gradients = [], []
-        for begin in range(0, len(trials), chunk):
-            rows = slice(begin, begin + chunk)
+
+        def evaluate(rows: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
             leaves = {k: v[rows].detach().requires_grad_() for k, v in variables.items()}
             value = self.values(leaves, [self.targets[t] for t in trials[rows]])
-            grads = torch.autograd.grad(value.sum(), list(leaves.values()))
-            values.append(value.detach())
-            gradients.append(grads)
-        joined = [torch.cat(parts) for parts in zip(*gradients, strict=True)]
+            return value.detach(), torch.autograd.grad(value.sum(), list(leaves.values()))
+
+        chunk = 1 if self.engine == "loop" else self.trials_at_once
+        parts = self.limit.in_parts(evaluate, len(trials), most=chunk)
+        values, gradients = zip(*parts, strict=True)
+        joined = [torch.cat(each) for each in zip(*gradients, strict=True)]
         return torch.cat(values), dict(zip(variables, joined, strict=True))
 
     @property
     def trials_at_once(self) -> int:
         """Trials that fit one program of the engine in memory; more gain nothing."""
         if self.engine == "fast":
-            return max(1, min(_FAST_TRIALS, _FAST_COORDINATES // self.fit.parameters))
-        return max(1, _STACKED_COORDINATES // self.fit.parameters)
+            most = min(_FAST_TRIALS, _FAST_COORDINATES // self.fit.parameters)
+        else:
+            most = _STACKED_COORDINATES // self.fit.parameters
+        return max(1, min(most, self.limit.trials))
 
     def at(self, batch: Batch, *, target: int = 0) -> float:
         """The objective at a batch somebody supplies, for the target's update."""

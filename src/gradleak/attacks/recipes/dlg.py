@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from gradleak.attacks.parts.distances import squared_l2
 from gradleak.attacks.parts.lbfgs import lbfgs
 from gradleak.attacks.parts.matching import Matching
@@ -63,9 +61,9 @@ class DLG(Recipe):
                 boxed=False,
                 mean=0.0,
                 std=1.0,
-                dtype=torch.float64,
+                dtype=self.dtype,
             ),
-            fit=Matching(seen, squared_l2, dtype=torch.float64),
+            fit=Matching(seen, squared_l2, dtype=self.dtype),
         )
 
     def search(self, objective: Objective, start: Variables) -> Search:

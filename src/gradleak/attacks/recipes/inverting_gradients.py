@@ -60,10 +60,12 @@ class InvertingGradients(Recipe):
             "a batch-normalisation penalty where its statistics are granted",
         ),
     )
+    dtype: ClassVar = torch.float32
+    copies: ClassVar = 10
     budgets: ClassVar = {"quick": {"steps": 400}, "thorough": {"steps": 24000, "restarts": 4}}
 
     def compose(self, seen: Sequence[Observation]) -> Objective:
-        fit = Matching(seen, cosine, dtype=torch.float32)
+        fit = Matching(seen, cosine, dtype=self.dtype)
         penalties: list[tuple[float, Penalty]] = [(self.total_variation, total_variation)]
         statistics = [o.knowledge.bn_statistics for o in seen]
         if all(statistics):
@@ -77,7 +79,7 @@ class InvertingGradients(Recipe):
                 boxed=True,
                 mean=0.5,
                 std=0.25,
-                dtype=torch.float32,
+                dtype=self.dtype,
             ),
             fit=fit,
             penalties=tuple(penalties),
