@@ -205,7 +205,8 @@ def _cgroups(
         while group != top.parent:
             with contextlib.suppress(OSError, ValueError):  # no limit, or not to be seen from here
                 limit, used = (int((group / name).read_text()) for name in names[:2])
-                counts = dict(row.split() for row in (group / "memory.stat").open())
+                rows = (group / "memory.stat").read_text().splitlines()
+                counts = dict(row.split() for row in rows)
                 yield limit, used - int(counts.get(names[2], 0))
             group = group.parent
 
