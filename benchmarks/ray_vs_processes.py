@@ -3,8 +3,9 @@
     .venv/bin/python benchmarks/ray_vs_processes.py --out runs/ray --rounds 3
 
 Processes and Ray take turns. Seconds are those from the first word of a trial to the last; starting
-Ray, loading data and writing the report are not in them. CPU seconds are those that this process and
-everything it started spent meanwhile. Efficiency is the median over rounds of processes' figure over Ray's.
+Ray, loading data and writing the report are not in them. CPU seconds are those that this process
+and everything it started spent meanwhile. Efficiency is the median over rounds of processes' figure
+over Ray's.
 """
 
 from __future__ import annotations

@@ -221,7 +221,8 @@ def run_audit(
     with Store(directory) as store:
         prepared = _prepare_states(settings, network, dataset, division, watcher=watcher)
         jobs = plan(settings, dataset, division, states=prepared)
-        _run(settings, jobs, store, watcher=watcher, arrange=arrange)
+        clock = _Clock(started, store, jobs)
+        _run(settings, jobs, store, watcher=watcher, arrange=arrange, clock=clock)
         records = [store.records[job.key] for job in jobs]
         watcher.preparing("writing the report")
         result = _result(
@@ -229,7 +230,7 @@ def run_audit(
             records,
             given=given,
             command=command_line(settings, given, verb=verb),
-            seconds=time.monotonic() - started,
+            seconds=clock(),
         )
         write_whole(directory / RESULT, jsonsafe.dumps(result, indent=1) + "\n")
         render(directory)
@@ -361,6 +362,7 @@ def _run(
     *,
     watcher: Watcher,
     arrange: Callable[[Sequence[JobSpec]], Arrangement],
+    clock: Callable[[], float],
 ) -> None:
     """Run the jobs that the store lacks. Jobs that ended in an error get another chance."""
     left = [j for j in jobs if store.records.get(j.key, {"state": "error"})["state"] == "error"]
@@ -392,7 +394,7 @@ def _run(
     ):
         watcher.running(done, total=total, resumed=resumed)
         for trial in trials:
-            store.append(trial.record, tensors=trial.tensors)
+            store.append(trial.record | {"elapsed": clock()}, tensors=trial.tensors)
             key = trial.record["key"]
             shares.pop(key, None)
             done += len(by_key[key].targets)
@@ -430,6 +432,17 @@ def _cluster(settings: AuditSettings, *, watcher: Watcher) -> Iterator[None]:
     watcher.preparing(f"connecting to Ray at {settings.ray}")
     with connected(settings.ray, workers=settings.workers or _cores()):
         yield
+
+
+class _Clock:
+    """Seconds that a run has taken, its earlier parts included: records tell how far these came."""
+
+    def __init__(self, started: float, store: Store, jobs: Sequence[JobSpec]) -> None:
+        known = (store.records.get(job.key, {}) for job in jobs)
+        self._zero = started - max((r.get("elapsed", 0.0) for r in known), default=0.0)
+
+    def __call__(self) -> float:
+        return time.monotonic() - self._zero
 
 
 class _Engines:

@@ -101,7 +101,7 @@ def peak(steps: int, *, batch_size: int) -> int:
     spec = DataSpec.image((3, 32, 32), 10)
     state = ModelState.of(models.build("convnet", spec, seed=0))
     mechanism = FedAvg(steps=steps)
-    return memory.of_step(mechanism, state, spec, batch_size=batch_size, dtype=torch.float32)
+    return memory.of_step(mechanism, state, spec, batch_size=batch_size)
 
 
 def test_thirty_two_steps_take_at_most_twice_the_memory_of_four(
