@@ -2,17 +2,21 @@
 
     python benchmarks/memory.py                                  # networks x mechanisms
     python benchmarks/memory.py --cases "convnet:4,32" --plain   # unrolled without segments
+    python benchmarks/memory.py --audit --attack dlg:steps=3     # a worker of an audit (CIFAR-10)
 
 A case is a network and numbers of local steps (0 is FedSGD). `before` is the resident set of the
 process when all is ready to step, `peak` its highest resident set after three steps, `above` their
-difference; `estimate` is what a dry run of the step predicts for `above`.
+difference; `estimate` is what a dry run of the step predicts for `above`. With `--audit` a case is
+an audit of one worker: `peak` is that worker's, `estimate` what the plan says.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -23,8 +27,10 @@ from gradleak.attacks.parts.distances import cosine
 from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import Engine, Objective
 from gradleak.attacks.parts.unknowns import Images
+from gradleak.auditing import Unwatched, run_audit
 from gradleak.mechanisms import FedAvg, FedSGD, unroll
 from gradleak.observation import observe
+from gradleak.run.settings import AuditSettings
 from gradleak.types import Batch, DataSpec, Mechanism, ModelState
 
 SPEC = DataSpec.image((3, 32, 32), 10)
@@ -74,14 +80,41 @@ def measure_here(args: argparse.Namespace) -> None:
     )
     start = objective.unknown.start(torch.Generator().manual_seed(0), restarts=args.trials)
     fit = objective.fit
-    estimate = args.trials * memory.of_step(
-        fit.mechanism, fit.state, SPEC, batch_size=args.batch, dtype=fit.dtype
-    )
+    estimate = args.trials * memory.of_step(fit.mechanism, fit.state, SPEC, batch_size=args.batch)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     for _ in range(3):
         objective.value_and_gradient(start, list(range(args.trials)))
     print(before, resident("VmHWM"), estimate)
+
+
+class Listener(Unwatched):
+    """Remembers the plan."""
+
+    def planned(self, plan: str) -> None:
+        """Take the bytes that the plan names."""
+        self.foretold = float(plan.split("about ")[1].split(" GB")[0]) * 1e9
+
+
+def audit_here(args: argparse.Namespace) -> None:
+    """Print 0, a worker's peak and the plan's estimate, in bytes."""
+    with tempfile.TemporaryDirectory() as out:
+        asked = {
+            "data": "cifar10",
+            "model": args.model,
+            "mechanism": "fedavg" if args.steps else "fedsgd",
+            "batch_size": args.batch,
+            "attack": args.attack,
+            "targets": args.trials,
+            "defense": "none",
+            "workers": 1,
+            "out": out,
+        }
+        listener = Listener()
+        fedavg = {"local_steps": args.steps} if args.steps else {}
+        run_audit(AuditSettings.of(asked | fedavg), watcher=listener)
+    peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(0, peak, int(listener.foretold))
 
 
 def main() -> None:
@@ -92,11 +125,13 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1)
     parser.add_argument("--engine", default="loop", choices=("loop", "vmap", "fast"))
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--audit", action="store_true")
+    parser.add_argument("--attack", default="inverting-gradients:steps=3")
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.model:
-        measure_here(args)
+        (audit_here if args.audit else measure_here)(args)
         return
     print(f"batch {args.batch}, {args.trials} trials, engine {args.engine}; MiB")
     print(f"{'case':16} {'before':>8} {'peak':>8} {'above':>8} {'estimate':>9} {'ratio':>6}")

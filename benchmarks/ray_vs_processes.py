@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# 15 by default: a busy machine would starve Ray alone
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 os.environ["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
 
 from ray.cluster_utils import Cluster

@@ -50,7 +50,7 @@ def test_a_step_is_the_graph_of_its_network() -> None:
     step = memory.of_step(FedSGD(), state, SPEC, batch_size=1)
     assert 2 * weight <= step <= 8 * weight
     assert memory.of_round(FedSGD(), state, SPEC, batch_size=1) < step
-    assert memory.of_step(FedSGD(), state, SPEC, batch_size=50) > 10 * step
+    assert memory.of_step(FedSGD(), state, SPEC, batch_size=50) > 5 * step
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__ + str(e)[:12])

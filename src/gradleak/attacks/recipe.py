@@ -32,8 +32,9 @@ class Recipe(ABC):
     dtype: ClassVar[torch.dtype] = torch.float64
     """Precision of the search."""
     copies: ClassVar[int] = 400
-    """Copies of its variables that a search keeps: L-BFGS holds 2 · 2 · 100 vectors."""
+    """Copies of its variables that a search keeps at most: L-BFGS fills 2 · 2 · 100 vectors."""
 
+    steps: int
     restarts: int
 
     @abstractmethod

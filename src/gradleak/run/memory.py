@@ -26,7 +26,7 @@ from gradleak.types import Attack, DataSpec, Mechanism, ModelState
 
 GB = 10**9
 
-_BASE = 400_000_000
+_BASE = 450_000_000
 """Interpreter, PyTorch and gradleak in a worker that has taken its first step."""
 _MARGIN_ALONE, _MARGIN_TOGETHER = 1.25, 3.0
 """Peak of a step over the dry run's: of one trial, and of trials in one vectorised program."""
@@ -78,15 +78,17 @@ def needed(
         targets: targets of the job.
         data: bytes of the data that a worker holds.
     """
-    recipe = isinstance(attack, Recipe)
-    trials = targets * attack.restarts if isinstance(attack, Recipe) else 1
-    width = attack.dtype.itemsize if isinstance(attack, Recipe) else 4
+    search = attack if isinstance(attack, Recipe) else None
+    trials = targets * search.restarts if search else 1
+    width = search.dtype.itemsize if search else 4
+    copies = min(search.copies, 4 * search.steps) if search else 1
     parameters = sum(p.numel() for p in state.params.values())
     variables = batch_size * (torch.Size(spec.shape).numel() + spec.classes)
-    copies = attack.copies if isinstance(attack, Recipe) else 1
-    updates = targets * parameters * (4 + width) + 3 * parameters * (4 + width)
+    updates = (targets + 3) * parameters * (4 + width)
     fixed = _BASE + data + updates + trials * copies * variables * width
-    step = _step(cast(Hashable, undefended(client)), state.model, spec, batch_size, recipe)
+    step = _step(
+        cast(Hashable, undefended(client)), state.model, spec, batch_size, search is not None
+    )
     return Need(fixed, None if step is None else step * width // 4, trials)
 
 
