@@ -69,6 +69,8 @@ def test_the_same_call_resumes(report: gl.LeakageReport, monkeypatch: pytest.Mon
     monkeypatch.setattr(auditing, "run_here", None)  # nothing is left to run
     again = gl.audit(**SMALL, out=report.directory, fail_on="psnr_db>60")
     assert again.findings == report.findings
+    lines = (Path(again.directory) / "trials.jsonl").read_text().splitlines()
+    assert again.result["seconds"] > max(json.loads(line)["elapsed"] for line in lines) > 0
 
 
 def test_a_broken_attack_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
