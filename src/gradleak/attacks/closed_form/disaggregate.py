@@ -150,7 +150,7 @@ def _explained(
         return None
     if features.min() < -close * top:
         return None
-    noise = max(1e-10, min(100 * radius, 1e-4)) * top
+    noise = (-3 * features.min(1, keepdim=True).values).clamp(min=1e-10 * float(top))
     features = torch.where(features < noise, torch.zeros_like(features), features)
     order = residuals.argmin(1).argsort(stable=True)
     return Separated(residuals[order], features[order])

@@ -111,35 +111,6 @@ def swapped(model: nn.Module) -> nn.Module:
     return traced
 
 
-def body(network: nn.Module) -> tuple[nn.Module, str] | None:
-    """The network up to what enters its last ReLU, flattened, and the name of its linear head.
-
-    None where `network`, as given by `swapped`, does not end in ReLU, flatten and a linear head.
-    """
-    if not isinstance(network, fx.GraphModule):
-        return None
-    short = copy.deepcopy(network)
-    output = next(n for n in short.graph.nodes if n.op == "output")
-    head = output.args[0]
-    if not isinstance(head, fx.Node) or not isinstance(_module(head, short), nn.Linear):
-        return None
-    node = head.args[0]
-    while isinstance(node, fx.Node) and _keeps_values(node, short):
-        node = node.args[0]
-    if not isinstance(node, fx.Node):
-        return None
-    last = _module(node, short)
-    if not isinstance(last, SmoothReLU) or last.slope or last.cap is not None:
-        return None
-    name = str(head.target)
-    with short.graph.inserting_before(output):
-        output.args = (short.graph.call_function(torch.flatten, (node.args[0], 1)),)
-    short.graph.eliminate_dead_code()
-    short.delete_all_unused_submodules()
-    short.recompile()
-    return short, name
-
-
 def kinked(network: nn.Module) -> bool:
     """Whether `network`, as given by `swapped`, has anything to smooth."""
     return any(isinstance(m, Smooth) for m in network.modules())
@@ -241,7 +212,7 @@ def _smooth_module(layer: nn.Module | None) -> Smooth | None:
 def _smooth_of(node: fx.Node, traced: fx.GraphModule) -> Smooth | None:
     """What replaces one call of a traced network."""
     if node.op == "call_module":
-        return _smooth_module(_module(node, traced))
+        return _smooth_module(called_module(node, traced))
     if node.op not in ("call_function", "call_method") or not node.args:
         return None
     name = node.target if isinstance(node.target, str) else _name_of(node.target)
@@ -272,15 +243,16 @@ def _modules_swapped(clone: nn.Module) -> nn.Module:
     return clone
 
 
-def _module(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:
+def called_module(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:
+    """The module that a node calls; None if it calls none."""
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _keeps_values(node: fx.Node, traced: fx.GraphModule) -> bool:
+def keeps_values(node: fx.Node, traced: fx.GraphModule) -> bool:
     """Whether a call only reshapes: flatten, identity, dropout of a network in evaluation mode."""
     if node.op == "call_module":
         kept = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d)
-        return isinstance(_module(node, traced), kept)
+        return isinstance(called_module(node, traced), kept)
     if node.op not in ("call_function", "call_method"):
         return False
     name = node.target if isinstance(node.target, str) else _name_of(node.target)

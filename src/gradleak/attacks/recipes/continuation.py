@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gradleak.attacks.closed_form.disaggregate import Separated, disaggregate
+from gradleak.attacks.closed_form.peel import Activations, Place, peel, places
 from gradleak.attacks.parts import smoothing
 from gradleak.attacks.parts.distances import direction_gap
 from gradleak.attacks.parts.labels import known_or_recovered
@@ -41,11 +42,13 @@ class Continuation(Recipe):
 
     g_β is the gradient through log(1 + exp(s a))/s in place of relu(a), s = β over the spread of a.
     A network without kinks needs no path: one search, no prior. Where the head's gradient
-    separates into its examples, each x_i also has to reproduce its own features.
+    separates into its examples, layers below it are peeled off as far as the update determines
+    them, and each x_i has to reproduce its own activations at the deepest place known.
 
     Args:
-        steps: accepted L-BFGS steps per restart, over all stages.
-        stages: number of β; None takes 8 for one example, 6 below eight examples, else 5.
+        steps: accepted L-BFGS steps per restart, over all stages; 1 + log₂ b times as many for a
+            batch of b.
+        stages: number of β.
         smoothest: the first β.
         variation: c.
         restarts: independent starts; the objective chooses.
@@ -54,7 +57,7 @@ class Continuation(Recipe):
     """
 
     steps: int = 1200
-    stages: int | None = None
+    stages: int = 8
     smoothest: float = 4.0
     variation: float = 10.0
     restarts: int = 1
@@ -106,33 +109,33 @@ class Continuation(Recipe):
             solved = [self.tolerance] * len(fit.received)
             found = lbfgs(objective, start, steps=self.steps, solved=solved)
             return _in_the_box(found, objective)
-        separated = [_separated(o) for o in fit.seen]
-        short = smoothing.body(network)
-        groups: dict[bool, list[int]] = {True: [], False: []}
+        chain = places(network)
+        known = [_peeled(o, chain) for o in fit.seen]
+        groups: dict[int, list[int]] = {}
         for trial, target in enumerate(objective.targets):
-            groups[short is not None and separated[target] is not None].append(trial)
+            groups.setdefault(known[target][0], []).append(trial)
         parts = []
-        for own_features, trials in groups.items():
-            if trials:
-                part = replace(objective, targets=tuple(objective.targets[t] for t in trials))
-                path = _Path(network, self.variation)
-                if own_features and short is not None:
-                    path = _SeparatedPath(short[0], self.variation, short[1], separated)
-                parts.append((trials, self._follow(path, part, _rows(start, trials))))
+        for depth, trials in groups.items():
+            part = replace(objective, targets=tuple(objective.targets[t] for t in trials))
+            path = _Path(network, self.variation)
+            if depth >= 0:
+                path = _KnownPath(chain[depth].below, self.variation, [k for _, k in known])
+            parts.append((trials, self._follow(path, part, _rows(start, trials))))
         return _joined(parts, start)
 
     def _follow(self, path: _Path, objective: Objective, start: Variables) -> Search:
         """L-BFGS at every β in turn; per trial, the stage that the network explains best."""
-        size = objective.unknown.batch_size
-        stages = self.stages or (8 if size == 1 else 6 if size < 8 else 5)
+        stages = self.stages if smoothing.kinked(path.network) else 1
+        steps = round(self.steps * (1 + math.log2(objective.unknown.batch_size)) / stages)
         best = last = Search(start, torch.full((len(objective.targets),), math.inf), [], [])
         for stage in range(stages):
 
             def told(share: float, stage: int = stage) -> None:
                 objective.progress((stage + share) / stages)
 
-            smooth = path.at(self.smoothest * 2**stage, replace(objective, progress=told))
-            last = lbfgs(smooth, last.variables, steps=max(1, self.steps // stages))
+            beta = self.smoothest * 2**stage if stages > 1 else math.inf
+            smooth = path.at(beta, replace(objective, progress=told))
+            last = lbfgs(smooth, last.variables, steps=max(1, steps))
             best = _better(best, _in_the_box(last, objective))
         return best
 
@@ -154,15 +157,14 @@ class _Path:
 
 
 @dataclass(frozen=True)
-class _SeparatedPath(_Path):
-    """The same up to the head, whose inputs and errors are known example by example.
+class _KnownPath(_Path):
+    """The same up to a place whose activations and errors are known example by example.
 
-    Here `network` ends before its last ReLU. The client's gradient below is that of the inner
-    product of these pre-activations with known cotangents Wᵀ e_i, masked by the known pattern.
+    Here `network` ends before the ReLU of that place. The client's gradient below is that of the
+    inner product of what enters it with the known cotangents.
     """
 
-    head: str
-    separated: Sequence[Separated | None]
+    known: Sequence[Activations | None]
 
     def at(self, beta: float, objective: Objective) -> Objective:
         model, whole = smoothing.at_beta(self.network, beta), objective.fit.state
@@ -170,14 +172,10 @@ class _SeparatedPath(_Path):
         state = ModelState(
             model, {k: v for k, v in whole.params.items() if k in own}, whole.buffers
         )
-        weight = whole.params[f"{self.head}.weight"]
-        size = objective.unknown.batch_size
-        blank = torch.zeros((size, weight.shape[1])).to(weight)
-        features = [blank if s is None else s.features.to(weight) for s in self.separated]
-        cotangents = [
-            blank if s is None else (s.residuals.to(weight) @ weight / size) * (s.features > 0)
-            for s in self.separated
-        ]
+        like = next(iter(whole.params.values()))
+        blank = torch.zeros_like(next(k for k in self.known if k is not None).features)
+        features = [(blank if k is None else k.features).to(like) for k in self.known]
+        cotangents = [(blank if k is None else k.cotangents).to(like) for k in self.known]
         return replace(
             objective,
             unknown=replace(objective.unknown, labels=torch.stack(cotangents)),
@@ -211,6 +209,12 @@ def _features_penalty(state: ModelState, features: Tensor) -> Penalty:
         return (gap**2).sum((1, 2)) / (wanted**2).sum((1, 2))
 
     return penalty
+
+
+def _peeled(seen: Observation, chain: Sequence[Place]) -> tuple[int, Activations | None]:
+    """Index in `chain` of the deepest place known, and what is known there; (-1, None) if none."""
+    separated = _separated(seen) if chain else None
+    return (-1, None) if separated is None else peel(seen, separated, chain)
 
 
 def _separated(seen: Observation) -> Separated | None:
