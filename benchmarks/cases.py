@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-import networks  # noqa: E402
+import networks
 
-from gradleak.metrics import METRICS, label_accuracy, matched  # noqa: E402
-from gradleak.types import Batch, DataSpec  # noqa: E402
+from gradleak.metrics import METRICS, label_accuracy, matched
+from gradleak.types import Batch, DataSpec
 
 
 @dataclass(frozen=True)

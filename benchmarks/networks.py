@@ -1,4 +1,4 @@
-"""Networks of the benchmarks: every registered one, and `convnet` with other activations or pools."""
+"""Networks of the benchmarks: every registered one, and variants of `convnet`."""
 
 from __future__ import annotations
 
