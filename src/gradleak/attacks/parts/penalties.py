@@ -19,13 +19,21 @@ Penalty = Callable[[Tensor, Sequence[int]], Tensor]
 def total_variation(inputs: Tensor, targets: Sequence[int] = ()) -> Tensor:
     """mean |∂_h x| + mean |∂_w x| (anisotropic, Geiping et al., NeurIPS 2020); 0 on constants.
 
+    Computed as ⟨its subgradient, x⟩, which it equals because it scales with x, so that automatic
+    differentiation has nothing to do but hand the subgradient on.
+
     Args:
         inputs: (trials, b, channels, height, width).
         targets: unused.
     """
-    down = (inputs[..., 1:, :] - inputs[..., :-1, :]).abs()
-    across = (inputs[..., :, 1:] - inputs[..., :, :-1]).abs()
-    return down.flatten(1).mean(1) + across.flatten(1).mean(1)
+    still = inputs.detach()
+    slope = torch.zeros_like(still)
+    for axis in (-2, -1):
+        rise = still.diff(dim=axis).sign_()
+        size, share = rise.shape[axis], 1 / max(1, rise[0].numel())
+        slope.narrow(axis, 1, size).add_(rise, alpha=share)
+        slope.narrow(axis, 0, size).sub_(rise, alpha=share)
+    return (slope * inputs).flatten(1).sum(1)
 
 
 def squared_variation(inputs: Tensor, targets: Sequence[int] = ()) -> Tensor:

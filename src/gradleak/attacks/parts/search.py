@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam as adam_step
 
 from gradleak.attacks.parts.objective import Objective
 from gradleak.attacks.parts.unknowns import Variables
@@ -67,10 +68,11 @@ def adam(
         epsilon: added to the root of the second moment.
     """
     current = {k: v.clone() for k, v in start.items()}
-    first = {k: torch.zeros_like(v) for k, v in start.items()}
-    second = {k: torch.zeros_like(v) for k, v in start.items()}
+    first = [torch.zeros_like(v) for v in current.values()]
+    second = [torch.zeros_like(v) for v in current.values()]
+    counts = [torch.zeros((), device=v.device) for v in current.values()]
     best = Best(start)
-    trials = list(range(len(objective.targets)))
+    trials = list(range(best.count))
     for step in range(steps):
         rows = current if len(trials) == best.count else {k: v[trials] for k, v in current.items()}
         values, gradients = objective.value_and_gradient(rows, trials)
@@ -81,25 +83,36 @@ def adam(
             gradients = {k: g[keep] for k, g in gradients.items()}
             if not trials:
                 break
-        whole = len(trials) == best.count
-        rate = learning_rate * schedule(step, steps)
-        for k, g in gradients.items():
-            if signed:
-                g = g.sign()
-            m = first[k] if whole else first[k][trials]
-            v = second[k] if whole else second[k][trials]
-            m.lerp_(g, 1 - betas[0])
-            v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-            root = (v / (1 - betas[1] ** (step + 1))).sqrt_().add_(epsilon)
-            move = m.div(root).mul_(-rate / (1 - betas[0] ** (step + 1)))
-            if whole:
-                current[k].add_(move)
-            else:
-                first[k][trials], second[k][trials] = m, v
-                current[k][trials] += move
+        if signed:
+            gradients = {k: g.sign() for k, g in gradients.items()}
+        if len(trials) < best.count:  # a diverged trial moves on unseen
+            gradients = {k: _spread(g, trials, best.count) for k, g in gradients.items()}
+        adam_step(
+            list(current.values()),
+            [gradients[k] for k in current],
+            first,
+            second,
+            [],
+            counts,
+            fused=True,
+            amsgrad=False,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=learning_rate * schedule(step, steps),
+            weight_decay=0.0,
+            eps=epsilon,
+            maximize=False,
+        )
         objective.unknown.project_(current)
         objective.progress((step + 1) / steps)
     return best.search()
+
+
+def _spread(rows: Tensor, trials: Sequence[int], count: int) -> Tensor:
+    """The rows of some trials among zeros for the others."""
+    whole = rows.new_zeros((count, *rows.shape[1:]))
+    whole[list(trials)] = rows
+    return whole
 
 
 class Best:
@@ -122,10 +135,13 @@ class Best:
         *,
         keep_every: int,
     ) -> list[bool]:
-        """Take note of one evaluation of `trials`; tell which of them may go on."""
+        """Take note of one evaluation of `trials`; tell which of them may go on.
+
+        A trial may not once its value, or the sum of its gradient, is no longer finite.
+        """
         finite = values.isfinite()
         for g in gradients.values():
-            finite = finite & g.flatten(1).isfinite().all(1)
+            finite = finite & g.flatten(1).sum(1).isfinite()
         known = values.double().cpu()
         better = finite.cpu() & (known < self.values[list(trials)])
         index = [t for t, b in zip(trials, better.tolist(), strict=True) if b]
