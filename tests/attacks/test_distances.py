@@ -83,6 +83,23 @@ def test_total_variation_by_hand() -> None:
     assert float(total_variation(torch.full((1, 1, 1, 4, 4), 0.3))) == 0
 
 
+@pytest.mark.parametrize("side", [2, 5, 1])
+def test_total_variation_and_its_subgradient_are_those_of_the_formula(side: int) -> None:
+    """Ties have slope 0 in both; a side of one pixel has no differences and adds nothing."""
+    x = torch.rand((2, 3, 2, side, 4), generator=stream(6), dtype=torch.float64)
+    x[0, 0, 0, :, 1] = x[0, 0, 0, :, 2]
+    x.requires_grad_()
+    down, across = (x.diff(dim=d).abs().flatten(1) for d in (-2, -1))
+    expected = across.mean(1) + (down.mean(1) if side > 1 else 0)
+    found = total_variation(x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    weight = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    wanted = torch.autograd.grad(expected @ weight, x)[0]
+    torch.testing.assert_close(
+        torch.autograd.grad(found @ weight, x)[0], wanted, rtol=0, atol=1e-14
+    )
+
+
 def test_batch_norm_penalty_is_zero_at_the_truth_only() -> None:
     state, batch, other = state_of(Normalised), batch_of(4), batch_of(4, seed=1)
     penalty = batch_norm_penalty(state, [batch_norm_statistics(state, batch.inputs)])

@@ -153,6 +153,15 @@ def test_a_diverged_trial_is_frozen_and_its_neighbours_go_on(search: Callable) -
     assert torch.equal(found.variables["x"][1], start["x"][1])
 
 
+def test_frozen_trials_leave_the_others_their_exact_path() -> None:
+    """Adam's moments of a living trial do not notice that a neighbour died."""
+    start = torch.tensor([[11.0, 1.0], [2.0, 0.0]], dtype=torch.float64)
+    options = {"steps": 50, "learning_rate": 0.2}
+    together = adam(toy(poisoned, 2), {"x": start}, **options)  # type: ignore[arg-type]
+    alone = adam(toy(poisoned, 1), {"x": start[1:]}, **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(together.variables["x"][1], alone.variables["x"][0])
+
+
 def test_lbfgs_steps_back_from_a_cliff() -> None:
     def cliff(x: Tensor) -> Tensor:
         return torch.where(x[:, 0] < 0, torch.inf, (x[:, 0] - 0.01) ** 2 + x[:, 1] ** 2)
