@@ -130,7 +130,7 @@ def shortened(attack: Attack) -> Attack:
 
 
 def print_table(case: Case, *, against: str | None) -> None:
-    """Print PSNR, labels and CPU seconds of every attack, and paired differences to one of them."""
+    """Print quality at the CPU time spent, cheapest first, and paired differences to one attack."""
     rows: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in case.results():
         rows.setdefault((row["attack"], row["knows"]), {})[row["target"]] = row
@@ -154,19 +154,23 @@ def print_table(case: Case, *, against: str | None) -> None:
         "| CPU s per target | minus the reference, dB (95 %) |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for key in sorted(rows):
+    for key in sorted(rows, key=lambda key: mean_seconds(rows[key])):
         found = rows[key]
         clusters = [found[t]["psnr_db"] for t in sorted(found)]
         every = [p for cluster in clusters for p in cluster]
         inside = clustered_mean(clusters) if len(clusters) > 1 else None
         interval = f" [{inside.low:.2f}, {inside.high:.2f}]" if inside else ""
-        seconds = statistics.mean(r["cpu_seconds"] for r in found.values())
         labels = statistics.mean(r["label_accuracy"] for r in found.values())
         print(
             f"| {key[0]} | {key[1] or '–'} | {len(found)} | {statistics.median(every):.2f} "
             f"| {statistics.mean(every):.2f}{interval} | {min(every):.2f} | {labels:.0%} "
-            f"| {seconds:.1f} | {difference(found, key, rows, reference)} |"
+            f"| {mean_seconds(found):.1f} | {difference(found, key, rows, reference)} |"
         )
+
+
+def mean_seconds(found: dict[int, dict[str, Any]]) -> float:
+    """CPU seconds per target."""
+    return statistics.mean(r["cpu_seconds"] for r in found.values())
 
 
 def difference(

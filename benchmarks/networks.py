@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -14,36 +15,41 @@ from gradleak.types import DataSpec
 
 Layer = Callable[[], nn.Module]
 
-ACTIVATIONS: dict[str, Layer] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
+VARIANTS: dict[str, dict[str, Any]] = {
+    "convnet-gelu": {"activation": nn.GELU},
+    "convnet-silu": {"activation": nn.SiLU},
+    "convnet-tanh": {"activation": nn.Tanh},
+    "convnet-sigmoid": {"activation": nn.Sigmoid},
+    "convnet-maxpool": {"pool": lambda: nn.MaxPool2d(2, ceil_mode=True)},
+    "convnet-meanpool": {"pool": lambda: nn.AvgPool2d(2, ceil_mode=True)},
+    "convnet-x2": {"width": 2},
+    "convnet-x4": {"width": 4},
 }
-POOLS: dict[str, Layer] = {
-    "maxpool": lambda: nn.MaxPool2d(2, ceil_mode=True),
-    "meanpool": lambda: nn.AvgPool2d(2, ceil_mode=True),
-}
-VARIANTS = {f"convnet-{part}": part for part in (*ACTIVATIONS, *POOLS)}
+"""Arguments of `convnet` by name."""
 
 
-def convnet(spec: DataSpec, *, activation: Layer = nn.ReLU, pool: Layer | None = None) -> nn.Module:
-    """Build the four convolutions of `gradleak.models.convnet` with another activation or pool.
+def convnet(
+    spec: DataSpec, *, activation: Layer = nn.ReLU, pool: Layer | None = None, width: int = 1
+) -> nn.Module:
+    """Build the four convolutions of `gradleak.models.convnet` with something changed.
 
     Args:
         spec: form of the data.
         activation: follows every convolution.
         pool: 2×2, after the second and third activation, in place of their stride of two.
+        width: multiplies the channels.
     """
-    channels, height, width = spec.shape
+    channels, height, width_px = spec.shape
     layers: list[nn.Module] = [Normalize()]
-    for ins, outs, stride in ((channels, 16, 1), (16, 32, 2), (32, 64, 2), (64, 64, 1)):
-        halved = pool is not None and stride == 2
-        layers += [nn.Conv2d(ins, outs, 3, stride=1 if halved else stride, padding=1), activation()]
-        if pool is not None and halved:
-            layers.append(pool())
-    features = 64 * -(-height // 4) * -(-width // 4)
+    ins = channels
+    for base, stride in ((16, 1), (32, 2), (64, 2), (64, 1)):
+        outs = base * width
+        pooled = pool if stride == 2 else None
+        layers += [nn.Conv2d(ins, outs, 3, stride=1 if pooled else stride, padding=1), activation()]
+        if pooled is not None:
+            layers.append(pooled())
+        ins = outs
+    features = ins * -(-height // 4) * -(-width_px // 4)
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, spec.classes))
 
 
@@ -54,11 +60,8 @@ def build(name: str, spec: DataSpec, *, seed: int) -> nn.Module:
         InvalidInput: unknown name.
     """
     if name in VARIANTS:
-        part = VARIANTS[name]
         with seeded(seed):
-            if part in POOLS:
-                return convnet(spec, pool=POOLS[part])
-            return convnet(spec, activation=ACTIVATIONS[part])
+            return convnet(spec, **VARIANTS[name])
     if name not in models.MODELS:
         raise InvalidInput(
             f"unknown network {name!r}: {nearest(name, [*models.MODELS, *VARIANTS])}"
