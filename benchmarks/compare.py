@@ -124,7 +124,7 @@ def facts_of(knows: str) -> list[str]:
 def shortened(attack: Attack) -> Attack:
     """The same attack with a budget of a few steps, where it has one."""
     if is_dataclass(attack) and any(f.name == "steps" for f in fields(attack)):
-        short: Attack = replace(attack, steps=2)  # type: ignore[assignment]
+        short: Attack = replace(attack, steps=2)
         return short
     return attack
 
@@ -170,7 +170,7 @@ def print_table(case: Case, *, against: str | None) -> None:
 
 def mean_seconds(found: dict[int, dict[str, Any]]) -> float:
     """CPU seconds per target."""
-    return statistics.mean(r["cpu_seconds"] for r in found.values())
+    return statistics.fmean(r["cpu_seconds"] for r in found.values())
 
 
 def difference(

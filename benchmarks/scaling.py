@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import networks
 import torch
@@ -95,7 +96,7 @@ def subject(setting: Setting, *, trials: int) -> Subject:
 
 def measure(
     settings: list[Setting], *, trials: int, rounds: int, seconds: float
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Median CPU milliseconds per step and trial of every setting, with the range over rounds."""
     subjects = [subject(setting, trials=trials) for setting in settings]
     repeats = []
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the figures go as JSON")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    record: dict[str, object] = {"torch": torch.__version__}
+    record: dict[str, Any] = {"torch": torch.__version__}
     print("| axis | network | parameters | batch | side | local steps | engine ", end="")
     print("| ms per step and trial (range) | of the first |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -146,8 +147,8 @@ def main() -> None:
         rows = measure(AXES[axis], trials=given.trials, rounds=given.rounds, seconds=given.seconds)
         record[axis] = rows
         for row in rows:
-            low, high = row["range_ms"]  # type: ignore[misc]
-            first = row["step_ms"] / rows[0]["step_ms"]  # type: ignore[operator]
+            low, high = row["range_ms"]
+            first = row["step_ms"] / rows[0]["step_ms"]
             print(
                 f"| {axis} | {row['network']} | {row['parameters']} | {row['batch']} "
                 f"| {row['side']} | {row['local_steps'] or 'FedSGD'} | {row['engine']} "
