@@ -1,9 +1,9 @@
 """Targets finished per CPU minute: Inverting Gradients here and in breaching, equal iterations.
 
-The same lossless CIFAR-10 images, untrained networks, batch 1, labels known, and the weight of total
-variation that is breaching's default, so that both minimise one objective. gradleak attacks all
-targets in one vectorised search, breaching one after the other in its own environment. The two take
-turns: in every round breaching attacks the next share of the targets and gradleak all of its own.
+The same lossless CIFAR-10 images, untrained networks, batch 1, labels known, and the weight of
+total variation that is breaching's default, so that both minimise one objective. gradleak attacks
+all targets in one vectorised search, breaching one after the other in its own environment. They
+take turns: in every round breaching attacks the next share of its targets, gradleak all of its own.
 
     python benchmarks/throughput.py FOLDER --peer-python PATH --cases "lenet:300:4;resnet18:50:2:8"
     python benchmarks/throughput.py FOLDER --curve "lenet:100:1,4,16,32,128"
