@@ -77,20 +77,25 @@ def test_known_labels_keep_their_order() -> None:
     assert torch.equal(claim.batch.labels, digits.labels[[15, 3, 8]])
 
 
-def test_targets_with_and_without_separated_heads_end_as_they_would_alone() -> None:
-    state = ModelState.of(build("convnet", load("digits").spec, seed=1))
-    clean, _ = seen_digits([1], state=state)
-    other, _ = seen_digits([2], state=state)
-    noisy = {
-        k: v + 1e-3 * torch.randn(v.shape, generator=stream(5))
-        for k, v in other.update.values.items()
+def disturbed(seen: Observation, *names: str) -> Observation:
+    """The same with noise of a thousandth on these tensors, or on all."""
+    values = {
+        k: v + 1e-3 * torch.randn(v.shape, generator=stream(5)) if k in names or not names else v
+        for k, v in seen.update.values.items()
     }
-    exchange = replace(other.exchanges[0], update=replace(other.update, values=noisy))
-    group = [replace(other, exchanges=(exchange,)), clean]
+    exchange = replace(seen.exchanges[0], update=replace(seen.update, values=values))
+    return replace(seen, exchanges=(exchange,))
+
+
+def test_targets_known_at_different_depths_end_as_they_would_alone() -> None:
+    """Nothing separates in the first; the second separates at its head, the third is peeled."""
+    state = ModelState.of(build("convnet", load("digits").spec, seed=1))
+    clean = [seen_digits([index], state=state)[0] for index in (1, 2, 3)]
+    group = [disturbed(clean[0]), disturbed(clean[1], "7.weight"), clean[2]]
     attack = Continuation(steps=6, stages=2, restarts=2)
-    streams = [stream(7), stream(8)]
+    streams = [stream(seed) for seed in (7, 8, 9)]
     together = attack.on_group(group, generators=streams, engine="loop")
-    for seen, seed, claim in zip(group, (7, 8), together, strict=True):
+    for seen, seed, claim in zip(group, (7, 8, 9), together, strict=True):
         alone = attack.on_group([seen], generators=[stream(seed)], engine="loop")[0]
         assert torch.equal(alone.batch.inputs, claim.batch.inputs)
         assert alone.objective == claim.objective

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from scipy.spatial import cKDTree
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from gradleak.mechanisms import FedSGD
 from gradleak.types import Observation
@@ -34,7 +35,7 @@ _TOLERANCE = 1e3
 
 @dataclass(frozen=True)
 class Separated:
-    """The head's inputs and errors, example by example, in ascending order of label.
+    """The head's inputs and errors, example by example.
 
     Attributes:
         residuals: (b, classes) p − onehot.
@@ -54,7 +55,8 @@ def disaggregate(seen: Observation) -> Separated | str:
     """Separate the examples of a batch, or say why that cannot be done.
 
     Returns:
-        In float64, whatever the precision of the update.
+        In float64, whatever the precision of the update; in the order of the labels where these
+        are granted, else in ascending order of label.
     """
     size = seen.knowledge.batch_size
     if size is None:
@@ -66,13 +68,22 @@ def disaggregate(seen: Observation) -> Separated | str:
         )
     if not isinstance(seen.mechanism, FedSGD):
         return "the update is not the plain gradient of one batch"
+    if seen.mechanism.loss is not cross_entropy:
+        return "the client's loss is not cross-entropy"
     names = list(seen.state.params)[-2:]
     weight, bias = (seen.update.values[n].detach().double().cpu() for n in (names[0], names[-1]))
     if weight.ndim != 2 or bias.ndim != 1 or len(weight) != seen.data.classes:
         return "the network does not end in a linear layer of one unit a class, with a bias"
     if not (weight.isfinite().all() and bias.isfinite().all()):
         return "the head's gradient holds non-finite values"
-    return separate(weight, bias, size)
+    found = separate(weight, bias, size)
+    if isinstance(found, str) or seen.knowledge.labels is None:
+        return found
+    labels = seen.knowledge.labels.cpu()
+    if not torch.equal(labels.sort().values, found.labels):
+        return "the labels granted are not those of the examples that the head separates into"
+    rank = labels.argsort(stable=True).argsort()
+    return Separated(found.residuals[rank], found.features[rank])
 
 
 def separate(weight: Tensor, bias: Tensor, size: int) -> Separated | str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradleak.attacks.closed_form.disaggregate import disaggregate
 from gradleak.errors import NotApplicable
 from gradleak.types import Observation
 
@@ -77,7 +78,14 @@ def sign_counts(seen: Observation) -> Tensor:
 
 
 def known_or_recovered(seen: Observation) -> Tensor:
-    """The labels granted, else those of `idlg` (one example) or `sign_counts`: (b,) int64."""
+    """The labels granted, else the best rule for what is seen: (b,) int64.
+
+    `idlg` for one example; for more those of a head that separates, which are exact, else
+    `sign_counts`.
+    """
     if seen.knowledge.labels is not None:
         return seen.knowledge.labels
-    return idlg(seen) if seen.knowledge.batch_size == 1 else sign_counts(seen)
+    if seen.knowledge.batch_size == 1:
+        return idlg(seen)
+    separated = disaggregate(seen)
+    return sign_counts(seen) if isinstance(separated, str) else separated.labels

@@ -9,9 +9,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from gradleak.attacks.closed_form.disaggregate import Separated, disaggregate
+from gradleak.attacks.closed_form.disaggregate import disaggregate
 from gradleak.attacks.closed_form.peel import Activations, Place, peel, places
 from gradleak.attacks.parts import smoothing
 from gradleak.attacks.parts.distances import direction_gap
@@ -84,15 +83,11 @@ class Continuation(Recipe):
     budgets: ClassVar = {"quick": {"steps": 480}, "thorough": {"steps": 2400, "restarts": 2}}
 
     def compose(self, seen: Sequence[Observation]) -> Objective:
-        labels = [
-            known_or_recovered(o) if s is None else s.labels
-            for o, s in ((o, _separated(o)) for o in seen)
-        ]
         return Objective(
             unknown=Images(
                 seen[0].data,
                 seen[0].knowledge.batch_size or 1,
-                labels=torch.stack(labels),
+                labels=torch.stack([known_or_recovered(o) for o in seen]),
                 boxed=False,
                 mean=0.5,
                 std=0.05,
@@ -119,7 +114,8 @@ class Continuation(Recipe):
             part = replace(objective, targets=tuple(objective.targets[t] for t in trials))
             path = _Path(network, self.variation)
             if depth >= 0:
-                path = _KnownPath(chain[depth].below, self.variation, [k for _, k in known])
+                here = [k if d == depth else None for d, k in known]
+                path = _KnownPath(chain[depth].below, self.variation, here)
             parts.append((trials, self._follow(path, part, _rows(start, trials))))
         return _joined(parts, start)
 
@@ -213,25 +209,8 @@ def _features_penalty(state: ModelState, features: Tensor) -> Penalty:
 
 def _peeled(seen: Observation, chain: Sequence[Place]) -> tuple[int, Activations | None]:
     """Index in `chain` of the deepest place known, and what is known there; (-1, None) if none."""
-    separated = _separated(seen) if chain else None
-    return (-1, None) if separated is None else peel(seen, separated, chain)
-
-
-def _separated(seen: Observation) -> Separated | None:
-    """The batch example by example, in the order of the labels where these are granted."""
-    if getattr(seen.mechanism, "loss", None) is not cross_entropy:
-        return None
-    found = disaggregate(seen)
-    if isinstance(found, str):
-        return None
-    labels = seen.knowledge.labels
-    if labels is None:
-        return found
-    labels = labels.cpu()
-    if not torch.equal(labels.sort().values, found.labels):
-        return None
-    rank = labels.argsort(stable=True).argsort()
-    return Separated(found.residuals[rank], found.features[rank])
+    separated = disaggregate(seen) if chain else "no place to know anything at"
+    return (-1, None) if isinstance(separated, str) else peel(seen, separated, chain)
 
 
 def _in_the_box(found: Search, objective: Objective) -> Search:
