@@ -1,7 +1,8 @@
-"""Distances between the update a claim predicts and the one received.
+"""Distances between the update a claim predicts and the one received, and their derivatives.
 
 Each maps two sets of tensors with equal keys to a 0-dim tensor, 0 at equality, and never
-flattens or copies the received update.
+flattens or copies the received update. `slope` gives value and derivative at once: by a closed form
+for the distances below, by automatic differentiation for any other.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from gradleak.errors import InvalidInput
 
 Tensors = Mapping[str, Tensor]
 Distance = Callable[[Tensors, Tensors], Tensor]
+Slope = Callable[[Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
+"""Predicted tensors, in the order of the received ones -> D and ∂D/∂p of every tensor."""
 
 
 def squared_l2(predicted: Tensors, received: Tensors) -> Tensor:
@@ -62,5 +65,106 @@ def layer_weighted(distance: Distance, weights: Sequence[float]) -> Distance:
     return weighted
 
 
+def slope(distance: Distance, received: Tensors) -> Slope:
+    """Value and derivative of `distance` to one received update, prepared for many calls."""
+    closed = _SLOPES.get(distance)
+    return _by_autograd(distance, received) if closed is None else closed(list(received.values()))
+
+
+def _squared_l2_slope(received: list[Tensor]) -> Slope:
+    def at(predicted: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        gaps = torch._foreach_sub(predicted, received)
+        value = _squares(gaps)
+        torch._foreach_mul_(gaps, 2.0)
+        return value, gaps
+
+    return at
+
+
+def _l1_slope(received: list[Tensor]) -> Slope:
+    def at(predicted: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        gaps = torch._foreach_sub(predicted, received)
+        return _total([g.abs().sum() for g in gaps]), torch._foreach_sign(gaps)
+
+    return at
+
+
+def _cosine_slope(received: list[Tensor]) -> Slope:
+    theirs = _squares(received)
+
+    def at(predicted: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        inner, own = _inner(predicted, received), _squares(predicted)
+        length, a, b = cosine_slope(inner, own, theirs)
+        slopes = torch._foreach_mul(predicted, a)
+        torch._foreach_add_(slopes, torch._foreach_mul(received, b))
+        return 1 - inner / length, slopes
+
+    return at
+
+
+def cosine_slope(inner: Tensor, own: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """‖p‖ ‖r‖, floored, and (a, b) of ∂(1 − cos)/∂p = a p + b r.
+
+    Args:
+        inner: ⟨p, r⟩.
+        own, theirs: ‖p‖² and ‖r‖².
+    """
+    product = own * theirs
+    floored = product.clamp(min=torch.finfo(product.dtype).tiny)
+    length = floored.sqrt()
+    a = torch.where(product == floored, inner / (length * own), torch.zeros_like(inner))
+    return length, a, -1 / length
+
+
+def _direction_gap_slope(received: list[Tensor]) -> Slope:
+    norm = _floored_root(_squares(received))
+
+    def at(predicted: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        square = _squares(predicted)
+        own = _floored_root(square)
+        gaps = torch._foreach_div(predicted, own)
+        torch._foreach_sub_(gaps, torch._foreach_div(received, norm))
+        value = 0.5 * _squares(gaps)
+        # With u the gap and p̂ = p/‖p‖: ∂D/∂p = (u − ⟨u, p̂⟩ p̂) / ‖p‖, and ⟨u, p̂⟩ = D.
+        along = torch.where(square > own**2 / 2, value / own, torch.zeros_like(value))
+        torch._foreach_sub_(gaps, torch._foreach_mul(predicted, along))
+        torch._foreach_div_(gaps, own)
+        return value, gaps
+
+    return at
+
+
+def _by_autograd(distance: Distance, received: Tensors) -> Slope:
+    def at(predicted: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        leaves = [p.detach().requires_grad_() for p in predicted]
+        with torch.enable_grad():
+            value = distance(dict(zip(received, leaves, strict=True)), received)
+            slopes = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        return value.detach(), slopes
+
+    return at
+
+
+_SLOPES: Mapping[Distance, Callable[[list[Tensor]], Slope]] = {
+    squared_l2: _squared_l2_slope,
+    l1: _l1_slope,
+    cosine: _cosine_slope,
+    direction_gap: _direction_gap_slope,
+}
+
+
 def _total(terms: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(terms)).sum()
+
+
+def _squares(values: Sequence[Tensor]) -> Tensor:
+    return _inner(values, values)
+
+
+def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Σ_l ⟨a_l, b_l⟩; `torch.dot` and `vector_norm` lose digits of long float32 vectors."""
+    return _total([(x * y).sum() for x, y in zip(a, b, strict=True)])
+
+
+def _floored_root(square: Tensor) -> Tensor:
+    return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()

@@ -10,8 +10,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from gradleak.attacks.parts.carried import Wanted, carried
 from gradleak.attacks.parts.distances import Distance
 from gradleak.attacks.parts.fast import FastFit
+from gradleak.attacks.parts.plain import PlainFit
 from gradleak.errors import InvalidInput
 from gradleak.types import Batch, Mechanism, ModelState, Observation, Update, cast
 
@@ -54,7 +56,8 @@ class Matching:
         other.mechanism = mechanism or self.mechanism
         other.received = [{k: r[k] for k in state.params} for r in self.received]
         other._stacked = ((), {})
-        other.__dict__.pop("fast", None)
+        for name in ("fast", "plain"):
+            other.__dict__.pop(name, None)
         return other
 
     @property
@@ -69,7 +72,7 @@ class Matching:
         return self.distance(predicted.values, received)
 
     def __call__(self, inputs: Tensor, labels: Tensor, targets: Sequence[int]) -> Tensor:
-        """Distances of several trials in one vectorised program.
+        """Distances of several trials in one vectorised program, of one trial in a plain one.
 
         Args:
             inputs: (trials, b, *shape).
@@ -77,16 +80,29 @@ class Matching:
             targets: target of each trial.
 
         Returns:
-            (trials,), differentiable in inputs and soft labels.
+            (trials,), once differentiable in inputs and soft labels.
         """
         if len(targets) == 1:
-            return self.one(inputs[0], labels[0], self.received[targets[0]])[None]
+
+            def alone(x: Tensor, y: Tensor, wanted: Wanted) -> tuple[Tensor, list[Tensor | None]]:
+                value, found = self.plain.evaluate(x[0], y[0], targets[0], wanted)
+                return value[None], [None if g is None else g[None] for g in found]
+
+            return carried(alone, inputs, labels)
+        if len(set(targets)) == 1:
+            in_dims = (0, 0, None)
+            return torch.func.vmap(self.one, in_dims)(inputs, labels, self.received[targets[0]])
         key = tuple(targets)
         if self._stacked[0] != key:
             names = self.state.params
             stacked = {n: torch.stack([self.received[t][n] for t in targets]) for n in names}
             self._stacked = (key, stacked)
         return torch.func.vmap(self.one)(inputs, labels, self._stacked[1])
+
+    @cached_property
+    def plain(self) -> PlainFit:
+        """The same distances one trial at a time, by double backward."""
+        return PlainFit(self.mechanism, self.state, self.distance, self.received)
 
     @cached_property
     def fast(self) -> FastFit | None:

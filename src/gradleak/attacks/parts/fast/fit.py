@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from gradleak.attacks.parts.distances import cosine, squared_l2
+from gradleak.attacks.parts.carried import Wanted, carried
+from gradleak.attacks.parts.client import loaded, plain_client, trained_tensors
+from gradleak.attacks.parts.distances import cosine, cosine_slope, squared_l2
 from gradleak.attacks.parts.fast.kernel import Kernel
 from gradleak.attacks.parts.fast.rules import Received, Rule, sum_of
 from gradleak.attacks.parts.fast.tape import Tape, Unsupported
-from gradleak.defenses.wrapped import Wrapped
 from gradleak.mechanisms.client import Loss, template
 from gradleak.mechanisms.fedsgd import FedSGD
-from gradleak.types import Batch, DataSpec, Mechanism, ModelState
+from gradleak.types import Batch, DataSpec, ModelState
 
 if TYPE_CHECKING:
     from gradleak.attacks.parts.matching import Matching
@@ -47,9 +47,8 @@ class FastFit:
         received: Sequence[dict[str, Tensor]],
     ) -> None:
         self.loss, self.relative, self.received = mechanism.loss, relative, received
-        self.model = _loaded(template(state.model, mechanism.batch_norm), state)
-        trained = dict(self.model.named_parameters()).items()
-        self.names = {id(p): name for name, p in trained if name in state.params}
+        self.model = loaded(template(state.model, mechanism.batch_norm), state, trained=False)
+        self.names = {id(p): name for name, p in trained_tensors(self.model, state).items()}
         self.kernels: dict[str, Kernel] = {}
         self.copies = False
         self._groups: dict[tuple[int, ...], Received] = {}
@@ -61,7 +60,7 @@ class FastFit:
         Known means: every use of a parameter has a rule, and value and gradient agree with plain
         double backward in float64 on a random probe of two trials.
         """
-        mechanism = _client(matching.mechanism)
+        mechanism = plain_client(matching.mechanism)
         if mechanism is None or matching.distance not in (cosine, squared_l2):
             return None
         relative = matching.distance is cosine
@@ -74,11 +73,14 @@ class FastFit:
 
     def __call__(self, inputs: Tensor, labels: Tensor, targets: Sequence[int]) -> Tensor:
         """Distances (trials,) at inputs (trials, b, *shape), labels (trials, b[, classes])."""
-        found: Tensor = _Fit.apply(inputs, labels, self, tuple(targets))  # type: ignore[no-untyped-call]
-        return found
+
+        def together(x: Tensor, y: Tensor, wanted: Wanted) -> tuple[Tensor, list[Tensor | None]]:
+            return self.evaluate(x, y, tuple(targets), wanted)
+
+        return carried(together, inputs, labels)
 
     def evaluate(
-        self, inputs: Tensor, labels: Tensor, targets: tuple[int, ...], *, wanted: tuple[bool, bool]
+        self, inputs: Tensor, labels: Tensor, targets: tuple[int, ...], wanted: Wanted
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Distances, and their gradients in inputs and labels where `wanted`."""
         received = self._group(targets)
@@ -147,12 +149,8 @@ class FastFit:
         """Distances, and (a, b) of their derivative a g + b G."""
         theirs = received.squares
         if self.relative:
-            product = square * theirs
-            floored = product.clamp(min=torch.finfo(product.dtype).tiny)
-            length = floored.sqrt()
-            similarity = dot / length
-            a = torch.where(product == floored, similarity / square, torch.zeros_like(dot))
-            return 1 - similarity, a, -1 / length
+            length, a, b = cosine_slope(dot, square, theirs)
+            return 1 - dot / length, a, b
         values = square - 2 * dot + theirs
         near = values < theirs * torch.finfo(values.dtype).eps ** (1 / 3)
         if near.any():
@@ -160,51 +158,6 @@ class FastFit:
             gaps = [rule.gap() for rule in rules]
             values = torch.where(near, sum_of([*gaps, received.squares_without(touched)]), values)
         return values, torch.full_like(dot, 2.0), torch.full_like(dot, -2.0)
-
-
-class _Fit(torch.autograd.Function):
-    """Carries the gradient that was computed together with the value."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, inputs: Tensor, labels: Tensor, fit: FastFit, targets: tuple[int, ...]
-    ) -> Tensor:
-        wanted = (bool(ctx.needs_input_grad[0]), bool(ctx.needs_input_grad[1]))
-        values, ctx.gradients = fit.evaluate(inputs, labels, targets, wanted=wanted)
-        return values
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        found = [
-            None if g is None else g * outer.view(-1, *[1] * (g.ndim - 1)) for g in ctx.gradients
-        ]
-        return found[0], found[1], None, None
-
-
-def _client(mechanism: Mechanism) -> FedSGD | None:
-    """The FedSGD client that predictions come from, below protections that leave them alone."""
-    while isinstance(mechanism, Wrapped) and "predict" not in _overridden(type(mechanism)):
-        mechanism = mechanism.inner
-    return mechanism if type(mechanism) is FedSGD else None
-
-
-def _overridden(kind: type[Wrapped]) -> set[str]:
-    """Names that a protection defines anew."""
-    below = kind.__mro__[: kind.__mro__.index(Wrapped)]
-    return {name for cls in below for name in vars(cls)}
-
-
-def _loaded(model: nn.Module, state: ModelState) -> nn.Module:
-    """A copy of `model` on the state's own storage, with nothing to train."""
-    clone = copy.deepcopy(model)
-    known = {**state.buffers, **state.params}
-    for values in (clone.named_parameters(), clone.named_buffers()):
-        for name, value in values:
-            value.requires_grad_(False)
-            if name in known:
-                value.data = known[name].detach()
-    return clone
 
 
 def _summed(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,54 @@
+"""The client behind a belief, and its network made ready for many passes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradleak.defenses.wrapped import Wrapped
+from gradleak.mechanisms.fedsgd import FedSGD
+from gradleak.types import Mechanism, ModelState
+
+
+def plain_client(mechanism: Mechanism) -> FedSGD | None:
+    """The FedSGD client whose gradient `mechanism` predicts, if it predicts a plain gradient.
+
+    Protections that leave predictions alone (additive noise) are looked through.
+    """
+    while isinstance(mechanism, Wrapped) and "predict" not in _overridden(type(mechanism)):
+        mechanism = mechanism.inner
+    return mechanism if type(mechanism) is FedSGD else None
+
+
+def loaded(model: nn.Module, state: ModelState, *, trained: bool) -> nn.Module:
+    """A copy of `model` on the state's own storage: no parameter is copied.
+
+    Args:
+        model: a template of the state's network.
+        state: its numbers.
+        trained: whether the state's parameters require gradients; nothing else does.
+    """
+    memo: dict[int, Any] = {}
+    for name, value in model.named_parameters():
+        number = state.params.get(name, state.buffers.get(name, value))
+        memo[id(value)] = nn.Parameter(
+            number.detach(), requires_grad=trained and name in state.params
+        )
+    for name, buffer in model.named_buffers():
+        if name in state.buffers:
+            memo[id(buffer)] = state.buffers[name].detach()
+    return copy.deepcopy(model, memo)
+
+
+def trained_tensors(model: nn.Module, state: ModelState) -> dict[str, Tensor]:
+    """The parameters of a loaded network that the state trains, in the state's order."""
+    own = dict(model.named_parameters())
+    return {name: own[name] for name in state.params}
+
+
+def _overridden(kind: type[Wrapped]) -> set[str]:
+    """Names that a protection defines anew."""
+    below = kind.__mro__[: kind.__mro__.index(Wrapped)]
+    return {name for cls in below for name in vars(cls)}
