@@ -130,6 +130,8 @@ class FastFit:
     def _forward(self, x: Tensor, y: Tensor, received: Received) -> tuple[list[Rule], Tensor]:
         """Rules of one pass, and the sum of the trials' losses."""
         tape = Tape(self.names, self.kernels, received, copies=self.copies)
+        if x.ndim == 4 and any(kernel.packs for kernel in self.kernels.values()):
+            x = x.contiguous(memory_format=torch.channels_last)
         with tape:
             logits = self.model(x)
         if tape.overwritten:

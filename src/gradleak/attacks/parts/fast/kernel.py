@@ -21,6 +21,8 @@ _WORTH_PACKING = 20_000
 class Kernel:
     """z = W ∗ x (+ b) with fixed W.
 
+    A kernel that packs its weight gives channels-last outputs and likes such inputs.
+
     Args:
         weight: (out, in, kh, kw).
         bias: (out,) or None.
@@ -34,7 +36,7 @@ class Kernel:
         self.stride, self.padding, self.dilation = stride, padding, dilation
 
         self._packs: dict[str, _Packed] = {}
-        self._worth_packing = (
+        self.packs = (
             weight.dtype == torch.float32
             and weight.device.type == "cpu"
             and weight.numel() >= _WORTH_PACKING
@@ -44,7 +46,7 @@ class Kernel:
     def forward(self, x: Tensor, *, bias: bool) -> Tensor:
         """W ∗ x, plus b where asked."""
         c = self.bias if bias else None
-        if self._worth_packing:
+        if self.packs:
             if not self._has("forward", x.shape):
                 self._packs["forward"] = _Packed(
                     self.weight, x.shape, self.stride, self.padding, self.dilation
@@ -54,7 +56,7 @@ class Kernel:
 
     def transposed(self, d: Tensor, shape: torch.Size) -> Tensor:
         """Wᵀ ∗ d: the gradient of ⟨W ∗ x, d⟩ at x of `shape`."""
-        if self._worth_packing and self.stride == (1, 1):
+        if self.packs and self.stride == (1, 1):
             reach = [
                 w * (k - 1) - p
                 for w, k, p in zip(self.dilation, self.weight.shape[2:], self.padding, strict=True)
@@ -93,10 +95,10 @@ class _Packed:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         z: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x.contiguous(), self.weight, bias, self.padding, self.stride, self.dilation, 1,
-            "none", [], "",
+            x.contiguous(memory_format=torch.channels_last), self.weight, bias,
+            self.padding, self.stride, self.dilation, 1, "none", [], "",
         )  # fmt: skip
-        return z.contiguous()
+        return z
 
 
 @functools.cache
@@ -132,16 +134,16 @@ def input_gradient(
 def weight_gradient(
     d: Tensor,
     x: Tensor,
-    shape: torch.Size,
+    like: Tensor,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
     *,
     groups: int,
 ) -> Tensor:
-    """Gradient of ⟨weight ∗ x, d⟩ at a weight of `shape`."""
+    """Gradient of ⟨weight ∗ x, d⟩ at a weight shaped and laid out as `like`."""
     found: Tensor = torch.ops.aten.convolution_backward(
-        d, x, d.new_empty(shape), None, stride, padding, dilation, False, (0, 0), groups,
+        d, x, like, None, stride, padding, dilation, False, (0, 0), groups,
         (False, True, False),
     )[1]  # fmt: skip
     return found

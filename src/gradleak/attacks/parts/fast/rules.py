@@ -38,8 +38,7 @@ class Received:
     def __init__(self, updates: Sequence[dict[str, Tensor]], targets: Sequence[int]) -> None:
         self.updates = [updates[t] for t in targets]
         self._same = len(set(targets)) == 1
-        self._stacked: dict[str, Tensor] = {}
-        self._kernels: dict[str, list[Kernel]] = {}
+        self._stacked: dict[tuple[str, bool], Tensor] = {}
         self.squares = self.squares_without(set())
 
     def __len__(self) -> int:
@@ -55,26 +54,22 @@ class Received:
                 known[id(u)] = torch.stack(parts).sum() if parts else zero
         return torch.stack([known[id(u)] for u in self.updates])
 
-    def stacked(self, name: str) -> Tensor:
-        """(trials, *shape); a view where all trials share one target."""
-        if name not in self._stacked:
-            if self._same:
-                one = self.updates[0][name]
-                self._stacked[name] = one.expand(len(self.updates), *one.shape)
-            else:
-                self._stacked[name] = torch.stack([u[name] for u in self.updates])
-        return self._stacked[name]
+    def stacked(self, name: str, *, channels_last: bool = False) -> Tensor:
+        """(trials, *shape); a view where all trials share one target.
 
-    def kernels(self, name: str, like: Kernel) -> list[Kernel]:
-        """The tensor of every trial as a convolution of the layer's geometry."""
-        if name not in self._kernels:
-            made: dict[int, Kernel] = {}
-            for u in self.updates:
-                w = u[name]
-                if id(w) not in made:
-                    made[id(w)] = Kernel(w, None, like.stride, like.padding, like.dilation)
-            self._kernels[name] = [made[id(u[name])] for u in self.updates]
-        return self._kernels[name]
+        Args:
+            name: of the tensor.
+            channels_last: lay the kernels of a convolution out channels-last.
+        """
+        key = name, channels_last
+        if key not in self._stacked:
+            distinct = self.updates[:1] if self._same else self.updates
+            values = [u[name] for u in distinct]
+            if channels_last:
+                values = [v.contiguous(memory_format=torch.channels_last) for v in values]
+            one = values[0][None] if self._same else torch.stack(values)
+            self._stacked[key] = one.expand(len(self.updates), *one.shape[1:])
+        return self._stacked[key]
 
 
 class Rule(ABC):
@@ -256,9 +251,12 @@ class FormedConvRule(ConvRule):
 
     def moments(self, d: Tensor) -> tuple[Tensor, Tensor]:
         self.d = d
-        self.G = self.received.stacked(self.names[0])
+        last = self.x.ndim == 4 and not self.x.is_contiguous() and _is_channels_last(self.x)
+        self.layout = torch.channels_last if last else torch.contiguous_format
+        self.G = self.received.stacked(self.names[0], channels_last=last)
         widest = max(self.kernel.weight.shape[:2])
-        self.chunk = 1 if widest > _GROUPED_CHANNELS else max(1, _CHUNK_CHANNELS // widest)
+        alone = last or widest > _GROUPED_CHANNELS
+        self.chunk = 1 if alone else max(1, _CHUNK_CHANNELS // widest)
         self.g = [self._weight_gradients(rows) for rows in self._chunks()]
         dots = [inner_products(g, self.G[r]) for g, r in zip(self.g, self._chunks(), strict=True)]
         dot, square = torch.cat(dots), torch.cat([inner_products(g, g) for g in self.g])
@@ -302,10 +300,10 @@ class FormedConvRule(ConvRule):
         d, x = self._images(self.d, rows), self._images(self.x.detach(), rows)
         out, *rest = self.kernel.weight.shape
         count = len(range(*rows.indices(len(self.received))))
-        shape = torch.Size((count * out, *rest))
         k = self.kernel
-        g = weight_gradient(d, x, shape, k.stride, k.padding, k.dilation, groups=count)
-        return g.view(count, out, *rest)
+        like = d.new_empty((count * out, *rest)).contiguous(memory_format=self.layout)
+        g = weight_gradient(d, x, like, k.stride, k.padding, k.dilation, groups=count)
+        return g.contiguous(memory_format=self.layout).view(count, out, *rest)
 
     def _convolve(self, x: Tensor, v: Tensor) -> Tensor:
         k = self.kernel
@@ -321,53 +319,39 @@ class FormedConvRule(ConvRule):
 class GramConvRule(ConvRule):
     """Weight gradients are never formed: only the patches' products with each other.
 
-    With A the patches of a trial, one column per position: W-gradient g = D Aᵀ, conv(x, g) = D AᵀA.
+    With A the patches of a trial, one column per position: g = D Aᵀ, so that conv(x, g) = D AᵀA,
+    conv(x, G) = G A, and the transposes sum the columns of A DᵀD and GᵀD into the image.
     """
 
     def moments(self, d: Tensor) -> tuple[Tensor, Tensor]:
         self.d, x, k = d, self.x.detach(), self.kernel
-        self.others = self.received.kernels(self.names[0], k)
-        images = self._per_trial(x)
-        self.U = torch.cat(
-            [o.forward(i, bias=False) for o, i in zip(self.others, images, strict=True)]
-        )
+        self.G = self.received.stacked(self.names[0]).flatten(2)
         patches = F.unfold(x, k.weight.shape[2:], k.dilation, k.padding, k.stride)
         self.patches = self._columns(patches)
         self.columns = self._columns(d.flatten(2))
-        Y = torch.bmm(self.columns, torch.bmm(self.patches.transpose(1, 2), self.patches))
-        self.Y = self._maps(Y, d)
-        per_trial = self._per_trial(d)
-        dot = inner_products(self._per_trial(self.U), per_trial)
-        square = inner_products(self._per_trial(self.Y), per_trial)
+        self.U = torch.bmm(self.G, self.patches)
+        self.Y = torch.bmm(self.columns, torch.bmm(self.patches.transpose(1, 2), self.patches))
+        dot, square = inner_products(self.U, self.columns), inner_products(self.Y, self.columns)
         bias = self._bias_moments(d)
         return (dot, square) if bias is None else (dot + bias[0], square + bias[1])
 
     def gap(self) -> Tensor:
-        terms = []
-        for t, other in enumerate(self.others):
-            g = self.columns[t] @ self.patches[t].T
-            terms.append(((g - other.weight.flatten(1)) ** 2).sum())
+        pairs = zip(self.columns, self.patches, self.G, strict=True)
+        terms = [((columns @ patches.T - G) ** 2).sum() for columns, patches, G in pairs]
         return torch.stack(terms) + self._bias_gap()
 
     def pull(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        x, k = self.x.detach(), self.kernel
-        wide_a, wide_b = self._wide(a), self._wide(b)
-        in_d = torch.addcmul(self.Y.mul_(wide_a), self.U, wide_b)
+        k, columns = self.kernel, self.columns
+        wide_a, wide_b = a[:, None, None], b[:, None, None]
+        in_d = self._maps(torch.addcmul(self.Y.mul_(wide_a), self.U, wide_b), self.d)
         self._add_bias_pull_(in_d, a, b)
-        products = _gram(self.columns.transpose(1, 2)) * a[:, None, None]
-        folded = self._images(torch.bmm(self.patches, products))
-        in_x = F.fold(folded, x.shape[2:], k.weight.shape[2:], k.dilation, k.padding, k.stride)
-        images = self._per_trial(self.d * wide_b)
-        shape = self._per_trial(x).shape[1:]
-        in_x += torch.cat(
-            [o.transposed(i, shape) for o, i in zip(self.others, images, strict=True)]
+        pulled = torch.bmm(self.patches, _gram(columns.transpose(1, 2)) * wide_a)
+        pulled += torch.bmm((columns * wide_b).transpose(1, 2), self.G).transpose(1, 2)
+        window = k.weight.shape[2:]
+        in_x = F.fold(
+            self._images(pulled), self.x.shape[2:], window, k.dilation, k.padding, k.stride
         )
         return in_d, in_x
-
-    def _wide(self, values: Tensor) -> Tensor:
-        images = self.x.shape[0] // len(values)
-        rows = values.repeat_interleave(images) if images > 1 else values
-        return rows[:, None, None, None]
 
     def _columns(self, values: Tensor) -> Tensor:
         """(trials·b, K, P) to (trials, K, b·P)."""
@@ -402,6 +386,8 @@ def conv_rule(x: Tensor, kernel: Kernel, names: Sequence[str], received: Receive
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
     """⟨a_t, b_t⟩ of every trial; summed in blocks, as one long float32 dot loses digits."""
+    if a.ndim == 5 and not a.is_contiguous():
+        a, b = a.movedim(2, 4), b.movedim(2, 4)
     a, b = a.flatten(1), b.flatten(1)
     trials, length = a.shape
     blocks, rest = divmod(length, _BLOCK)
@@ -409,6 +395,10 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(1)
     a, b = a.reshape(-1, 1, _BLOCK), b.reshape(-1, _BLOCK, 1)
     return torch.bmm(a, b).view(trials, blocks).sum(1)
+
+
+def _is_channels_last(images: Tensor) -> bool:
+    return images.is_contiguous(memory_format=torch.channels_last)
 
 
 def along(values: Tensor, like: Tensor) -> Tensor:
