@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from gradleak.attacks.parts.carried import Wanted, carried
 from gradleak.attacks.parts.client import loaded, plain_client, trained_tensors
 from gradleak.attacks.parts.distances import cosine, cosine_slope, squared_l2
-from gradleak.attacks.parts.fast.kernel import Kernel
+from gradleak.attacks.parts.fast.kernel import can_pack
 from gradleak.attacks.parts.fast.rules import Received, Rule, sum_of
-from gradleak.attacks.parts.fast.tape import Tape, Unsupported
+from gradleak.attacks.parts.fast.tape import Constants, Tape, Unsupported
 from gradleak.mechanisms.client import Loss, template
 from gradleak.mechanisms.fedsgd import FedSGD
 from gradleak.types import Batch, DataSpec, ModelState
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _AGREEMENT = 1e-7
 _KEPT_COORDINATES = 100_000_000
+_WORTH_PACKING = 1_000_000
 
 
 class FastFit:
@@ -49,7 +51,9 @@ class FastFit:
         self.loss, self.relative, self.received = mechanism.loss, relative, received
         self.model = loaded(template(state.model, mechanism.batch_norm), state, trained=False)
         self.names = {id(p): name for name, p in trained_tensors(self.model, state).items()}
-        self.kernels: dict[str, Kernel] = {}
+        convolved = sum(p.numel() for p in self.model.parameters() if p.ndim == 4)
+        reference = next(iter(state.params.values()))
+        self.constants = Constants(packs=convolved >= _WORTH_PACKING and can_pack(reference))
         self.copies = False
         self._groups: dict[tuple[int, ...], Received] = {}
 
@@ -67,7 +71,7 @@ class FastFit:
         try:
             if not _agrees(mechanism, matching, relative=relative):
                 return None
-        except RuntimeError:
+        except (RuntimeError, TypeError, ValueError):
             return None
         return cls(mechanism, matching.state, relative=relative, received=matching.received)
 
@@ -94,18 +98,17 @@ class FastFit:
             ds = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
         used = [(rule, d) for rule, d in zip(rules, ds, strict=True) if d is not None]
         with torch.no_grad():
-            moments = [rule.moments(d.detach()) for rule, d in used]
-            dot = sum_of([m[0] for m in moments])
-            square = sum_of([m[1] for m in moments])
-            values, a, b = self._distance(dot, square, received, [rule for rule, _ in used])
+            comparison = Comparison([(rule, d.detach()) for rule, d in used], received)
+            values, a, b = self._distance(comparison, received)
             if not any(wanted):
                 return values, [None, None]
             roots: list[Tensor] = []
             cotangents: list[Tensor] = []
-            for rule, d in used:
-                in_d, in_x = rule.pull(a, b)
+            shares = comparison.shares(a, b)
+            for (rule, d), v in zip(used, shares, strict=True):
+                in_d, in_x = rule.pull(a, b, v)
                 for root, cotangent in ((d, in_d), (rule.x, in_x)):
-                    if root.requires_grad:
+                    if root is not None and cotangent is not None and root.requires_grad:
                         roots.append(root)
                         cotangents.append(cotangent)
         leaves = [leaf for leaf, want in zip((x, y), wanted, strict=True) if want]
@@ -129,10 +132,10 @@ class FastFit:
 
     def _forward(self, x: Tensor, y: Tensor, received: Received) -> tuple[list[Rule], Tensor]:
         """Rules of one pass, and the sum of the trials' losses."""
-        tape = Tape(self.names, self.kernels, received, copies=self.copies)
-        if x.ndim == 4 and any(kernel.packs for kernel in self.kernels.values()):
+        tape = Tape(self.names, self.constants, received, copies=self.copies)
+        if self.constants.packs and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        with tape:
+        with tape, sdpa_kernel(SDPBackend.MATH):
             logits = self.model(x)
         if tape.overwritten:
             if self.copies:
@@ -142,24 +145,59 @@ class FastFit:
         return tape.rules, _summed(self.loss, logits, y)
 
     def _distance(
-        self,
-        dot: Tensor,
-        square: Tensor,
-        received: Received,
-        rules: Sequence[Rule],
+        self, found: Comparison, received: Received
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Distances, and (a, b) of their derivative a g + b G."""
-        theirs = received.squares
+        dot, square, theirs = found.dot, found.square, received.squares
         if self.relative:
             length, a, b = cosine_slope(dot, square, theirs)
             return 1 - dot / length, a, b
         values = square - 2 * dot + theirs
         near = values < theirs * torch.finfo(values.dtype).eps ** (1 / 3)
         if near.any():
-            touched = {name for rule in rules for name in rule.names}
-            gaps = [rule.gap() for rule in rules]
-            values = torch.where(near, sum_of([*gaps, received.squares_without(touched)]), values)
+            values = torch.where(near, found.gap(), values)
         return values, torch.full_like(dot, 2.0), torch.full_like(dot, -2.0)
+
+
+class Comparison:
+    """⟨g_t, G_t⟩ (`dot`) and ‖g_t‖² (`square`) of every trial, over all layers.
+
+    Args:
+        used: every rule with its D.
+        received: G.
+    """
+
+    def __init__(self, used: Sequence[tuple[Rule, Tensor]], received: Received) -> None:
+        self.rules, self.received = [rule for rule, _ in used], received
+        moments = [m for rule, d in used if (m := rule.moments(d)) is not None]
+        dots, squares = [m[0] for m in moments], [m[1] for m in moments]
+        formed = {name: g for rule in self.rules for name, g in rule.formed.items()}
+        self.sizes = [g[0].numel() for g in formed.values()]
+        if formed:
+            self.g = torch.cat([g.reshape(len(g), -1) for g in formed.values()], 1)
+            self.G = received.joined(list(formed))
+            dots.append((self.g * self.G).sum(1))
+            squares.append((self.g * self.g).sum(1))
+        self.dot, self.square = sum_of(dots), sum_of(squares)
+
+    def gap(self) -> Tensor:
+        """‖g_t − G_t‖² without cancellation."""
+        gaps = [gap for rule in self.rules if (gap := rule.gap()) is not None]
+        if self.sizes:
+            gaps.append(((self.g - self.G) ** 2).sum(1))
+        touched = {name for rule in self.rules for name in rule.names}
+        return sum_of([*gaps, self.received.squares_without(touched)])
+
+    def shares(self, a: Tensor, b: Tensor) -> list[dict[str, Tensor]]:
+        """v = a g + b G of what every rule has formed."""
+        if not self.sizes:
+            return [{} for _ in self.rules]
+        v = torch.addcmul(self.g * a[:, None], self.G, b[:, None])
+        parts = iter(v.split(self.sizes, 1))
+        return [
+            {name: next(parts).view_as(g) for name, g in rule.formed.items()}
+            for rule in self.rules
+        ]
 
 
 def _summed(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,33 +15,34 @@ from torch.nn import functional as F
 
 Pair = tuple[int, int]
 
-_WORTH_PACKING = 20_000
-
 
 class Kernel:
     """z = W ∗ x (+ b) with fixed W.
 
-    A kernel that packs its weight gives channels-last outputs and likes such inputs.
-
     Args:
-        weight: (out, in, kh, kw).
+        weight: (out, in / groups, kh, kw).
         bias: (out,) or None.
         stride, padding, dilation: per side.
+        groups: of channels.
+        packs: keep the weight in oneDNN's own layout, where `packing_works`; outputs are then
+            channels-last, and inputs had better be.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        *,
+        groups: int = 1,
+        packs: bool = False,
     ) -> None:
         self.weight, self.bias = weight, bias
-        self.stride, self.padding, self.dilation = stride, padding, dilation
-
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.packs = packs and groups == 1
         self._packs: dict[str, _Packed] = {}
-        self.packs = (
-            weight.dtype == torch.float32
-            and weight.device.type == "cpu"
-            and weight.numel() >= _WORTH_PACKING
-            and packing_works()
-        )
 
     def forward(self, x: Tensor, *, bias: bool) -> Tensor:
         """W ∗ x, plus b where asked."""
@@ -52,7 +53,7 @@ class Kernel:
                     self.weight, x.shape, self.stride, self.padding, self.dilation
                 )
             return self._packs["forward"](x, c)
-        return F.conv2d(x, self.weight, c, self.stride, self.padding, self.dilation)
+        return F.conv2d(x, self.weight, c, self.stride, self.padding, self.dilation, self.groups)
 
     def transposed(self, d: Tensor, shape: torch.Size) -> Tensor:
         """Wᵀ ∗ d: the gradient of ⟨W ∗ x, d⟩ at x of `shape`."""
@@ -69,7 +70,7 @@ class Kernel:
                     )
                 return self._packs["transposed"](d, None)
         return input_gradient(
-            d, shape, self.weight, self.stride, self.padding, self.dilation, groups=1
+            d, shape, self.weight, self.stride, self.padding, self.dilation, groups=self.groups
         )
 
     def _has(self, direction: str, shape: torch.Size) -> bool:
@@ -99,6 +100,12 @@ class _Packed:
             self.padding, self.stride, self.dilation, 1, "none", [], "",
         )  # fmt: skip
         return z
+
+
+def can_pack(tensor: Tensor) -> bool:
+    """Whether weights of this precision and device can be packed."""
+    on_cpu = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    return on_cpu and packing_works()
 
 
 @functools.cache

@@ -13,7 +13,7 @@ x with each other and of rows of D with each other do, which is cheaper where po
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class Received:
         self.updates = [updates[t] for t in targets]
         self._same = len(set(targets)) == 1
         self._stacked: dict[tuple[str, bool], Tensor] = {}
+        self._joined: dict[tuple[str, ...], Tensor] = {}
         self.squares = self.squares_without(set())
 
     def __len__(self) -> int:
@@ -71,35 +72,58 @@ class Received:
             self._stacked[key] = one.expand(len(self.updates), *one.shape[1:])
         return self._stacked[key]
 
+    def joined(self, names: Sequence[str]) -> Tensor:
+        """Several tensors in one row per trial: (trials, numbers)."""
+        key = tuple(names)
+        if key not in self._joined:
+            self._joined[key] = torch.cat(
+                [self.stacked(n).reshape(len(self), -1) for n in names], 1
+            )
+        return self._joined[key]
+
 
 class Rule(ABC):
     """One use of a layer with parameters, in one forward pass.
 
+    Biases and scales have few numbers: their gradients are formed and handed out in `formed`, to
+    be compared for all layers at once, and `pull` is told their share of v.
+
     Attributes:
-        x: its input, (trials · b, ...), part of the graph.
+        x: its input, (trials · b, ...), part of the graph; None if it has none.
         z: its output.
-        names: its trained tensors, weight first.
+        names: its trained tensors.
+        formed: gradients (trials, *shape) of some of them by name, once `moments` ran.
     """
 
     names: Sequence[str]
-    x: Tensor
+    x: Tensor | None
     z: Tensor
+    formed: dict[str, Tensor]
 
     @abstractmethod
-    def moments(self, d: Tensor) -> tuple[Tensor, Tensor]:
-        """⟨g, G⟩ and ‖g‖² of every trial, given D; must run before the other two."""
+    def moments(self, d: Tensor) -> tuple[Tensor, Tensor] | None:
+        """⟨g, G⟩ and ‖g‖² of every trial over what is not `formed`; must run before the others."""
+
+    def gap(self) -> Tensor | None:
+        """‖g − G‖² of the same without cancellation; must run before `pull`."""
+        return None
 
     @abstractmethod
-    def gap(self) -> Tensor:
-        """‖g − G‖² of every trial without cancellation; must run before `pull`."""
+    def pull(
+        self, a: Tensor, b: Tensor, v: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of Σ_t ⟨g_t, v_t⟩ at fixed v_t = a_t g_t + b_t G_t, in D and in x.
 
-    @abstractmethod
-    def pull(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of Σ_t ⟨g_t, v_t⟩ at fixed v_t = a_t g_t + b_t G_t, in D and in x."""
+        Args:
+            a, b: (trials,).
+            v: (trials, *shape) of every tensor in `formed`.
+        """
 
 
 class LinearRule(Rule):
     """z = x Wᵀ + c on the last axis; all rows of a trial, images and positions alike, add up."""
+
+    x: Tensor
 
     def __init__(
         self, x: Tensor, w: Tensor, c: Tensor | None, names: Sequence[str], received: Received
@@ -112,49 +136,43 @@ class LinearRule(Rule):
         self.rows = self.x.detach().reshape(trials, -1, self.x.shape[-1])
         self.d = d.reshape(trials, -1, d.shape[-1])
         self.G = self.received.stacked(self.names[0])
+        self.formed = {name: self.d.sum(1) for name in self.names[1:]}
         rows, inner, outer = self.d.shape[1], self.rows.shape[2], self.d.shape[2]
-        self.formed = 2 * rows * (inner + outer) > inner * outer
-        if self.formed:
+        self.whole = 2 * rows * (inner + outer) > inner * outer
+        if self.whole:
             self.g = torch.bmm(self.d.transpose(1, 2), self.rows)
-            dot, square = inner_products(self.g, self.G), inner_products(self.g, self.g)
-        else:
-            self.U = torch.bmm(self.rows, self.G.transpose(1, 2))
-            self.Y = _times(_gram(self.rows), self.d)
-            dot, square = inner_products(self.U, self.d), inner_products(self.Y, self.d)
-        if len(self.names) > 1:
-            self.sum = self.d.sum(1)
-            dot = dot + (self.sum * self.received.stacked(self.names[1])).sum(1)
-            square = square + (self.sum**2).sum(1)
-        return dot, square
+            return inner_products(self.g, self.G), inner_products(self.g, self.g)
+        self.U = torch.bmm(self.rows, self.G.transpose(1, 2))
+        self.Y = _times(_gram(self.rows), self.d)
+        return inner_products(self.U, self.d), inner_products(self.Y, self.d)
 
     def gap(self) -> Tensor:
-        g = self.g if self.formed else torch.bmm(self.d.transpose(1, 2), self.rows)
-        total = ((g - self.G) ** 2).flatten(1).sum(1)
-        if len(self.names) > 1:
-            total = total + ((self.sum - self.received.stacked(self.names[1])) ** 2).sum(1)
-        return total
+        g = self.g if self.whole else torch.bmm(self.d.transpose(1, 2), self.rows)
+        return ((g - self.G) ** 2).flatten(1).sum(1)
 
-    def pull(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, a: Tensor, b: Tensor, v: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         a, b = a[:, None, None], b[:, None, None]
-        if self.formed:
-            v = torch.addcmul(self.g.mul_(a), self.G, b)
-            in_d = torch.bmm(self.rows, v.transpose(1, 2))
-            in_x = torch.bmm(self.d, v)
+        if self.whole:
+            w = torch.addcmul(self.g.mul_(a), self.G, b)
+            in_d = torch.bmm(self.rows, w.transpose(1, 2))
+            in_x = torch.bmm(self.d, w)
         else:
             in_d = torch.addcmul(self.Y.mul_(a), self.U, b)
             in_x = torch.bmm(b * self.d, self.G)
             in_x.addcmul_(_times(_gram(self.d), self.rows), a)
-        if len(self.names) > 1:
-            c = self.received.stacked(self.names[1])
-            in_d += a * self.sum[:, None] + b * c[:, None]
+        for c in v.values():
+            in_d += c[:, None]
         return in_d.view_as(self.z), in_x.view_as(self.x)
 
 
 class ScaleRule(Rule):
     """z = x̂ ⊙ γ + β with x̂ = (x − mean) · inverse, γ and β constant along all axes but `kept`.
 
-    Evaluation-mode batch normalisation, and the last step of layer and group normalisation.
+    Evaluation-mode batch normalisation, the last step of layer and group normalisation, and a
+    product with a parameter.
     """
+
+    x: Tensor
 
     def __init__(
         self,
@@ -187,40 +205,66 @@ class ScaleRule(Rule):
 
     def _spread(self, values: Tensor) -> Tensor:
         """(trials, *kept) to something that broadcasts against x."""
-        images = self.x.shape[0] // len(self.received)
-        rows = values.repeat_interleave(images, 0) if images > 1 else values
-        return rows.reshape(-1, *self.shape[1:])
+        return _per_image(values, len(self.x)).reshape(-1, *self.shape[1:])
 
-    def moments(self, d: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, d: Tensor) -> None:
         self.d = d
-        total = self._sum(d)
         scale = self._sum(d * self.x.detach())
-        if self.mean is not None and self.inverse is not None:
+        total = self._sum(d) if self.mean is not None or len(self.names) > 1 else None
+        if self.mean is not None and self.inverse is not None and total is not None:
             scale = (scale - self.mean * total) * self.inverse
-        self.gs = [scale, total][: len(self.names)]
-        self.Gs = [self.received.stacked(n) for n in self.names]
-        self.gs = [g.reshape(G.shape) for g, G in zip(self.gs, self.Gs, strict=True)]
-        dot = sum_of([(g * G).flatten(1).sum(1) for g, G in zip(self.gs, self.Gs, strict=True)])
-        return dot, sum_of([(g * g).flatten(1).sum(1) for g in self.gs])
+        self.formed = {self.names[0]: scale}
+        if len(self.names) > 1 and total is not None:
+            self.formed[self.names[1]] = total
 
-    def gap(self) -> Tensor:
-        pairs = zip(self.gs, self.Gs, strict=True)
-        return sum_of([((g - G) ** 2).flatten(1).sum(1) for g, G in pairs])
-
-    def pull(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        vs = [g * along(a, g) + G * along(b, G) for g, G in zip(self.gs, self.Gs, strict=True)]
-        factor = vs[0] if self.inverse is None else vs[0] * self.inverse
-        offset = vs[1] if len(vs) > 1 else None
+    def pull(self, a: Tensor, b: Tensor, v: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        factor, *offsets = [w.reshape(len(w), -1) for w in v.values()]
+        if self.inverse is not None:
+            factor = factor * self.inverse
         if self.mean is not None:
-            moved = factor * self.mean
-            offset = -moved if offset is None else offset - moved
+            offsets = [*offsets, factor * -self.mean]
         wide, x = self._spread(factor), self.x.detach()
-        in_d = x * wide if offset is None else torch.addcmul(self._spread(offset), x, wide)
-        return in_d, self.d * wide
+        if not offsets:
+            return x * wide, self.d * wide
+        offset = offsets[0] if len(offsets) == 1 else offsets[0] + offsets[1]
+        return torch.addcmul(self._spread(offset), x, wide), self.d * wide
+
+
+class ShiftRule(Rule):
+    """z = x + p, p the same for every image: positions, say; x may be a parameter's absence.
+
+    Args:
+        x: what is added to, or None for z = p repeated for every image.
+        p: broadcasts against z, whose first axis is the image.
+        shape: of z.
+    """
+
+    def __init__(
+        self, x: Tensor | None, p: Tensor, shape: Sequence[int], name: str, received: Received
+    ) -> None:
+        self.x, self.names, self.received, self.p = x, [name], received, p
+        self.z = p.expand(*shape).clone() if x is None else x + p
+
+    def moments(self, d: Tensor) -> None:
+        rows = d.reshape(len(self.received), -1, *d.shape[1:]).sum(1)
+        lead = rows.ndim - self.p.ndim
+        axes = [i for i in range(1, rows.ndim) if i < lead or self._side(i - lead) == 1]
+        self.formed = {self.names[0]: rows.sum(axes) if axes else rows}
+
+    def _side(self, axis: int) -> int:
+        return self.p.shape[axis] if axis >= 0 else 1
+
+    def pull(self, a: Tensor, b: Tensor, v: Mapping[str, Tensor]) -> tuple[Tensor, None]:
+        (w,) = v.values()
+        inner = self.p.shape[1:] if self.p.ndim == self.z.ndim else self.p.shape
+        wide = w.reshape(len(w), *[1] * (self.z.ndim - 1 - len(inner)), *inner)
+        return _per_image(wide, len(self.z)).expand_as(self.z), None
 
 
 class ConvRule(Rule):
-    """z = W ∗ x + c, one group."""
+    """z = W ∗ x + c."""
+
+    x: Tensor
 
     def __init__(self, x: Tensor, kernel: Kernel, names: Sequence[str], received: Received) -> None:
         self.x, self.kernel, self.names, self.received = x, kernel, names, received
@@ -229,21 +273,12 @@ class ConvRule(Rule):
     def _per_trial(self, values: Tensor) -> Tensor:
         return values.reshape(len(self.received), -1, *values.shape[1:])
 
-    def _bias_moments(self, d: Tensor) -> tuple[Tensor, Tensor] | None:
-        if len(self.names) < 2:
-            return None
-        self.sum = self._per_trial(d).sum((1, 3, 4))
-        return (self.sum * self.received.stacked(self.names[1])).sum(1), (self.sum**2).sum(1)
+    def _form_bias(self, d: Tensor) -> None:
+        self.formed = {name: self._per_trial(d).sum((1, 3, 4)) for name in self.names[1:]}
 
-    def _bias_gap(self) -> Tensor | float:
-        if len(self.names) < 2:
-            return 0.0
-        return ((self.sum - self.received.stacked(self.names[1])) ** 2).sum(1)
-
-    def _add_bias_pull_(self, in_d: Tensor, a: Tensor, b: Tensor) -> None:
-        if len(self.names) > 1:
-            v = self.sum * a[:, None] + self.received.stacked(self.names[1]) * b[:, None]
-            self._per_trial(in_d).add_(v[:, None, :, None, None])
+    def _add_bias_pull_(self, in_d: Tensor, v: Mapping[str, Tensor]) -> None:
+        for w in v.values():
+            self._per_trial(in_d).add_(w[:, None, :, None, None])
 
 
 class FormedConvRule(ConvRule):
@@ -259,24 +294,23 @@ class FormedConvRule(ConvRule):
         self.chunk = 1 if alone else max(1, _CHUNK_CHANNELS // widest)
         self.g = [self._weight_gradients(rows) for rows in self._chunks()]
         dots = [inner_products(g, self.G[r]) for g, r in zip(self.g, self._chunks(), strict=True)]
-        dot, square = torch.cat(dots), torch.cat([inner_products(g, g) for g in self.g])
-        bias = self._bias_moments(d)
-        return (dot, square) if bias is None else (dot + bias[0], square + bias[1])
+        self._form_bias(d)
+        return _joined(dots), _joined([inner_products(g, g) for g in self.g])
 
     def gap(self) -> Tensor:
         pairs = zip(self.g, self._chunks(), strict=True)
         total = [((g - self.G[rows]) ** 2).flatten(1).sum(1) for g, rows in pairs]
-        return torch.cat(total) + self._bias_gap()
+        return torch.cat(total)
 
-    def pull(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, a: Tensor, b: Tensor, v: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         x = self.x.detach()
         in_d, in_x = [], []
         for g, rows in zip(self.g, self._chunks(), strict=True):
-            v = torch.addcmul(g.mul_(along(a[rows], g)), self.G[rows], along(b[rows], g))
-            in_d.append(self._convolve(self._images(x, rows), v))
-            in_x.append(self._transpose(self._images(self.d, rows), v, x.shape))
+            w = torch.addcmul(g.mul_(along(a[rows], g)), self.G[rows], along(b[rows], g))
+            in_d.append(self._convolve(self._images(x, rows), w))
+            in_x.append(self._transpose(self._images(self.d, rows), w, x.shape))
         joined = _joined(in_d)
-        self._add_bias_pull_(joined, a, b)
+        self._add_bias_pull_(joined, v)
         return joined, _joined(in_x)
 
     def _chunks(self) -> list[slice]:
@@ -302,18 +336,19 @@ class FormedConvRule(ConvRule):
         count = len(range(*rows.indices(len(self.received))))
         k = self.kernel
         like = d.new_empty((count * out, *rest)).contiguous(memory_format=self.layout)
-        g = weight_gradient(d, x, like, k.stride, k.padding, k.dilation, groups=count)
+        g = weight_gradient(d, x, like, k.stride, k.padding, k.dilation, groups=count * k.groups)
         return g.contiguous(memory_format=self.layout).view(count, out, *rest)
 
-    def _convolve(self, x: Tensor, v: Tensor) -> Tensor:
-        k = self.kernel
-        z = F.conv2d(x, v.flatten(0, 1), None, k.stride, k.padding, k.dilation, len(v))
-        return self._apart(z, len(v))
+    def _convolve(self, x: Tensor, w: Tensor) -> Tensor:
+        k, groups = self.kernel, len(w) * self.kernel.groups
+        z = F.conv2d(x, w.flatten(0, 1), None, k.stride, k.padding, k.dilation, groups)
+        return self._apart(z, len(w))
 
-    def _transpose(self, d: Tensor, v: Tensor, shape: torch.Size) -> Tensor:
-        k, wide = self.kernel, torch.Size((d.shape[0], len(v) * shape[1], *shape[2:]))
-        x = input_gradient(d, wide, v.flatten(0, 1), k.stride, k.padding, k.dilation, groups=len(v))
-        return self._apart(x, len(v))
+    def _transpose(self, d: Tensor, w: Tensor, shape: torch.Size) -> Tensor:
+        k, groups = self.kernel, len(w) * self.kernel.groups
+        wide = torch.Size((d.shape[0], len(w) * shape[1], *shape[2:]))
+        x = input_gradient(d, wide, w.flatten(0, 1), k.stride, k.padding, k.dilation, groups=groups)
+        return self._apart(x, len(w))
 
 
 class GramConvRule(ConvRule):
@@ -331,20 +366,19 @@ class GramConvRule(ConvRule):
         self.columns = self._columns(d.flatten(2))
         self.U = torch.bmm(self.G, self.patches)
         self.Y = torch.bmm(self.columns, torch.bmm(self.patches.transpose(1, 2), self.patches))
-        dot, square = inner_products(self.U, self.columns), inner_products(self.Y, self.columns)
-        bias = self._bias_moments(d)
-        return (dot, square) if bias is None else (dot + bias[0], square + bias[1])
+        self._form_bias(d)
+        return inner_products(self.U, self.columns), inner_products(self.Y, self.columns)
 
     def gap(self) -> Tensor:
         pairs = zip(self.columns, self.patches, self.G, strict=True)
         terms = [((columns @ patches.T - G) ** 2).sum() for columns, patches, G in pairs]
-        return torch.stack(terms) + self._bias_gap()
+        return torch.stack(terms)
 
-    def pull(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, a: Tensor, b: Tensor, v: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         k, columns = self.kernel, self.columns
         wide_a, wide_b = a[:, None, None], b[:, None, None]
         in_d = self._maps(torch.addcmul(self.Y.mul_(wide_a), self.U, wide_b), self.d)
-        self._add_bias_pull_(in_d, a, b)
+        self._add_bias_pull_(in_d, v)
         pulled = torch.bmm(self.patches, _gram(columns.transpose(1, 2)) * wide_a)
         pulled += torch.bmm((columns * wide_b).transpose(1, 2), self.G).transpose(1, 2)
         window = k.weight.shape[2:]
@@ -381,6 +415,7 @@ def conv_rule(x: Tensor, kernel: Kernel, names: Sequence[str], received: Receive
     out, inner, *window = kernel.weight.shape
     entries = inner * window[0] * window[1]
     small = positions <= _GRAM_POSITIONS and out >= 256 and entries >= 8 * positions
+    small = small and kernel.groups == 1
     return (GramConvRule if small else FormedConvRule)(x, kernel, names, received)
 
 
@@ -395,6 +430,12 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(1)
     a, b = a.reshape(-1, 1, _BLOCK), b.reshape(-1, _BLOCK, 1)
     return torch.bmm(a, b).view(trials, blocks).sum(1)
+
+
+def _per_image(values: Tensor, images: int) -> Tensor:
+    """(trials, ...) repeated for the images of every trial: (images, ...)."""
+    each = images // len(values)
+    return values.repeat_interleave(each, 0) if each > 1 else values
 
 
 def _is_channels_last(images: Tensor) -> bool:
