@@ -33,11 +33,12 @@ def template(model: nn.Module, batch_norm: BatchNormMode) -> nn.Module:
     """Return a frozen copy of `model` that never writes to its buffers.
 
     Dropout is off. With `batch_norm="train"` every batch-normalisation layer uses the statistics
-    of the batch it sees and keeps no running estimate, so calls stay pure.
+    of the batch it sees and keeps no running estimate, so calls stay pure. Parameters, which are
+    never read, stay where the model has them.
     """
     known = _templates.setdefault(model, {})
     if batch_norm not in known:
-        clone = copy.deepcopy(model).eval()
+        clone = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
         if batch_norm == "train":
             for name, layer in list(clone.named_modules()):
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm):

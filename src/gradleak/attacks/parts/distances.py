@@ -96,7 +96,7 @@ def _cosine_slope(received: list[Tensor]) -> Slope:
         inner, own = _inner(predicted, received), _squares(predicted)
         length, a, b = cosine_slope(inner, own, theirs)
         slopes = torch._foreach_mul(predicted, a)
-        torch._foreach_add_(slopes, torch._foreach_mul(received, b))
+        torch._foreach_addcmul_(slopes, received, [b] * len(received))
         return 1 - inner / length, slopes
 
     return at
@@ -123,11 +123,11 @@ def _direction_gap_slope(received: list[Tensor]) -> Slope:
         square = _squares(predicted)
         own = _floored_root(square)
         gaps = torch._foreach_div(predicted, own)
-        torch._foreach_sub_(gaps, torch._foreach_div(received, norm))
+        torch._foreach_addcmul_(gaps, received, [-1 / norm] * len(received))
         value = 0.5 * _squares(gaps)
         # With u the gap and p̂ = p/‖p‖: ∂D/∂p = (u − ⟨u, p̂⟩ p̂) / ‖p‖, and ⟨u, p̂⟩ = D.
         along = torch.where(square > own**2 / 2, value / own, torch.zeros_like(value))
-        torch._foreach_sub_(gaps, torch._foreach_mul(predicted, along))
+        torch._foreach_addcmul_(gaps, predicted, [-along] * len(predicted))
         torch._foreach_div_(gaps, own)
         return value, gaps
 

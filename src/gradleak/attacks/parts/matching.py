@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.attacks.parts.carried import Wanted, carried
 from gradleak.attacks.parts.distances import Distance
@@ -89,15 +90,19 @@ class Matching:
                 return value[None], [None if g is None else g[None] for g in found]
 
             return carried(alone, inputs, labels)
-        if len(set(targets)) == 1:
-            in_dims = (0, 0, None)
-            return torch.func.vmap(self.one, in_dims)(inputs, labels, self.received[targets[0]])
-        key = tuple(targets)
-        if self._stacked[0] != key:
+        with sdpa_kernel(SDPBackend.MATH):
+            if len(set(targets)) == 1:
+                shared = torch.func.vmap(self.one, (0, 0, None))
+                return shared(inputs, labels, self.received[targets[0]])
+            return torch.func.vmap(self.one)(inputs, labels, self._stacked_for(tuple(targets)))
+
+    def _stacked_for(self, targets: tuple[int, ...]) -> dict[str, Tensor]:
+        """The updates of these targets along a leading axis, kept for the next call."""
+        if self._stacked[0] != targets:
             names = self.state.params
             stacked = {n: torch.stack([self.received[t][n] for t in targets]) for n in names}
-            self._stacked = (key, stacked)
-        return torch.func.vmap(self.one)(inputs, labels, self._stacked[1])
+            self._stacked = (targets, stacked)
+        return self._stacked[1]
 
     @cached_property
     def plain(self) -> PlainFit:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.attacks.parts.carried import Wanted
 from gradleak.attacks.parts.client import loaded, plain_client, trained_tensors
@@ -80,8 +81,15 @@ class PlainFit:
             gradients = [next(found) if want else None for want in wanted]
         return value, gradients
 
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """What the network of a plain client gives for (b, *shape)."""
+        with torch.no_grad():
+            found: Tensor = self._model(inputs)
+        return found
+
     def _predicted(self, batch: Batch, target: int, *, create_graph: bool) -> Sequence[Tensor]:
-        with torch.enable_grad():
+        # Fused attention kernels cannot be differentiated twice.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             if self._client is not None:
                 loss = self._client.loss(self._model(batch.inputs), batch.labels)
                 return torch.autograd.grad(

@@ -10,20 +10,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from gradleak.attacks.parts.carried import Wanted, carried
+from gradleak.attacks.parts.carried import Evaluate, Wanted, carried
 from gradleak.attacks.parts.client import loaded, plain_client, trained_tensors
 from gradleak.attacks.parts.distances import cosine, cosine_slope, squared_l2
 from gradleak.attacks.parts.fast.kernel import can_pack
+from gradleak.attacks.parts.fast.probe import agrees, settled, structure
 from gradleak.attacks.parts.fast.rules import Received, Rule, sum_of
 from gradleak.attacks.parts.fast.tape import Constants, Tape, Unsupported
 from gradleak.mechanisms.client import Loss, template
 from gradleak.mechanisms.fedsgd import FedSGD
-from gradleak.types import Batch, DataSpec, ModelState
+from gradleak.types import ModelState
 
 if TYPE_CHECKING:
     from gradleak.attacks.parts.matching import Matching
 
-_AGREEMENT = 1e-7
 _KEPT_COORDINATES = 100_000_000
 _WORTH_PACKING = 1_000_000
 
@@ -59,21 +59,29 @@ class FastFit:
 
     @classmethod
     def of(cls, matching: Matching) -> FastFit | None:
-        """The fast form of a matching; None unless it is known to give the same numbers.
-
-        Known means: every use of a parameter has a rule, and value and gradient agree with plain
-        double backward in float64 on a random probe of two trials.
-        """
-        mechanism = plain_client(matching.mechanism)
-        if mechanism is None or matching.distance not in (cosine, squared_l2):
+        """The fast form of a matching; None unless it is known to give the same numbers."""
+        client = plain_client(matching.mechanism)
+        if client is None or matching.distance not in (cosine, squared_l2):
             return None
         relative = matching.distance is cosine
-        try:
-            if not _agrees(mechanism, matching, relative=relative):
-                return None
-        except (RuntimeError, TypeError, ValueError):
+
+        def together(state: ModelState, received: dict[str, Tensor]) -> Evaluate:
+            fit = cls(client, state, relative=relative, received=[received])
+            return lambda x, y, wanted: fit.evaluate(x, y, (0, 0), wanted)
+
+        def covered() -> bool:
+            try:
+                return agrees(matching.plain, together, matching.spec, matching.batch_size)
+            except (RuntimeError, TypeError, ValueError):
+                return False
+
+        network = structure(matching.state, client)
+        key = None
+        if network is not None:
+            key = (network, relative, matching.spec, matching.batch_size)
+        if not settled(key, covered):
             return None
-        return cls(mechanism, matching.state, relative=relative, received=matching.received)
+        return cls(client, matching.state, relative=relative, received=matching.received)
 
     def __call__(self, inputs: Tensor, labels: Tensor, targets: Sequence[int]) -> Tensor:
         """Distances (trials,) at inputs (trials, b, *shape), labels (trials, b[, classes])."""
@@ -207,45 +215,3 @@ def _summed(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:
         return total / labels.shape[1]
     rows = logits.reshape(*labels.shape[:2], *logits.shape[1:])
     return torch.stack([loss(r, y) for r, y in zip(rows, labels, strict=True)]).sum()
-
-
-def _agrees(mechanism: FedSGD, matching: Matching, *, relative: bool) -> bool:
-    """Compare with plain double backward in float64, on random images, labels and updates."""
-    state = matching.state.to(torch.float64)
-    device = next(iter(state.params.values())).device
-    stream = torch.Generator().manual_seed(0)
-    inputs, labels = _probe(matching.spec, matching.batch_size, stream)
-    inputs, labels = inputs.to(device), labels.to(device)
-    received = [
-        {
-            k: torch.randn(v.shape, generator=stream, dtype=torch.float64).to(device)
-            for k, v in state.params.items()
-        }
-        for _ in range(2)
-    ]
-    fit = FastFit(mechanism, state, relative=relative, received=received)
-    x, y = inputs.requires_grad_(), labels.requires_grad_()
-    values = fit(x, y, (0, 1))
-    fast = torch.autograd.grad(values.sum(), (x, y))
-    distance = cosine if relative else squared_l2
-    for t in range(2):
-        plain = distance(_plain(mechanism, state, x[t], y[t]), received[t])
-        wanted = torch.autograd.grad(plain, (x, y))
-        if not torch.allclose(values[t], plain, rtol=_AGREEMENT, atol=0):
-            return False
-        for g, w in zip(fast, wanted, strict=True):
-            if not float((g[t] - w[t]).norm()) <= _AGREEMENT * float(w[t].norm()):
-                return False
-    return True
-
-
-def _plain(mechanism: FedSGD, state: ModelState, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    return dict(mechanism.mean(state, Batch(x, y)).values)
-
-
-def _probe(spec: DataSpec, size: int, stream: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Two trials of random inputs inside the bounds and soft labels."""
-    low, high = spec.bounds
-    draws = torch.rand((2, size, *spec.shape), generator=stream, dtype=torch.float64)
-    logits = torch.randn((2, size, spec.classes), generator=stream, dtype=torch.float64)
-    return low + (high - low) * draws, logits.softmax(-1)

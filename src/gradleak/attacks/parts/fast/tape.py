@@ -153,7 +153,7 @@ def _conv2d(
     known = tape.constants.kernels
     if names[0] not in known:
         geometry = _pair(stride), _pair(padding), _pair(dilation)
-        packs = tape.constants.packs
+        packs = tape.constants.packs and weight.shape[2:] != (1, 1)
         known[names[0]] = Kernel(weight, bias, *geometry, groups=groups, packs=packs)
     return conv_rule(input, known[names[0]], names, tape.received)
 
