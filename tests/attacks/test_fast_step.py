@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ import gradleak as gl
 from gradleak.attacks import DLG
 from gradleak.attacks.parts import distances
 from gradleak.attacks.parts.distances import Distance, cosine, squared_l2
-from gradleak.attacks.parts.fast import kernel, rules
+from gradleak.attacks.parts.fast import kernel, probe, rules
 from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import calibrated
 from gradleak.defenses import Clip, GaussianNoise
@@ -40,6 +41,46 @@ class Residual(nn.Module):
         out = self.second(self.conv(x))
         out += x
         return self.head(F.silu(out, inplace=True).mean((2, 3)))
+
+
+class Transformer(nn.Module):
+    """Class token, positions, fused attention, a scale per layer, `nn.MultiheadAttention`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.positions = nn.Parameter(torch.randn(1, 5, 8))
+        self.offset = nn.Parameter(torch.randn(5, 1))
+        self.scale = nn.Parameter(torch.rand(8) + 0.5)
+        self.qkv = nn.Linear(8, 24)
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.patches(x).flatten(2).transpose(1, 2)
+        h = torch.cat([self.token.expand(len(x), -1, -1), h], 1) + self.positions
+        h = torch.add(self.offset, h)
+        q, k, v = (p.unflatten(2, (2, 4)).transpose(1, 2) for p in self.qkv(h).chunk(3, 2))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = h + self.scale * mixed
+        n = self.norm(h)
+        out, weights = self.attention(n, n, n)
+        return self.head((h + out)[:, 0]) + weights.sum((1, 2))[:, None]
+
+
+class Bare(nn.Module):
+    """Single numbers outside of any layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(192, 5)
+        self.scale = nn.Parameter(torch.full((), 0.7))
+        self.shift = nn.Parameter(torch.full((1,), 0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.head(torch.tanh(x).flatten(1)) * self.scale + self.shift)
 
 
 class Tokens(nn.Module):
@@ -92,8 +133,19 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "group norm": lambda: _conv(
         nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Softplus(), nn.AvgPool2d(2), width=36
     ),
+    "grouped": lambda: _conv(
+        nn.Conv2d(3, 6, 3, groups=3), nn.Tanh(), nn.Conv2d(6, 4, 3, stride=2, groups=2), width=16
+    ),
+    "depthwise": lambda: _conv(
+        nn.Conv2d(3, 6, 3, padding=1, groups=3, bias=False),
+        nn.SiLU(),
+        nn.Conv2d(6, 4, 1),
+        width=256,
+    ),
     "residual": Residual,
     "tokens": Tokens,
+    "transformer": Transformer,
+    "bare": Bare,
 }
 
 
@@ -172,8 +224,9 @@ def _compare(matching: Matching, x: Tensor, y: Tensor, targets: list[int]) -> fl
 def test_every_rule_is_plain_autograd(
     network: str, distance: Distance, size: int, gram: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if gram and network in ("grouped", "depthwise"):
+        pytest.skip("the Gram form is for one group")
     if gram:
-        monkeypatch.setattr(rules, "conv_rule", rules.GramConvRule)
         monkeypatch.setattr("gradleak.attacks.parts.fast.tape.conv_rule", rules.GramConvRule)
     matching = _matching(_state(NETWORKS[network]), distance, size=size)
     assert _compare(matching, *_claims(3, size, soft=True), [0, 1, 2]) < 1e-10
@@ -186,6 +239,26 @@ def test_grouped_convolutions_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(rules, "_CHUNK_CHANNELS", chunk)
     matching = _matching(_state(NETWORKS["strided"]), cosine, size=2)
     assert _compare(matching, *_claims(5, 2, soft=True), [0, 1, 2, 0, 1]) < 1e-10
+
+
+@pytest.mark.parametrize("network", ["residual", "odd", "grouped", "strided"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_channels_last_gives_the_same(network: str, size: int) -> None:
+    matching = _matching(_state(NETWORKS[network]), cosine, size=size, dtype=torch.float32)
+    x, y = _claims(2, size, soft=False)
+    fast = matching.fast
+    assert fast is not None
+    small = x.float().requires_grad_()
+
+    def gradient() -> Tensor:
+        assert fast is not None
+        return torch.autograd.grad(fast(small, y, [0, 1]).sum(), small)[0]
+
+    before = gradient()
+    fast.constants.kernels.clear()
+    fast.constants.packs = kernel.can_pack(small)
+    after = gradient()
+    assert float((after - before).norm() / before.norm()) < 1e-4
 
 
 def test_close_to_the_truth_the_squared_distance_keeps_its_digits() -> None:
@@ -220,7 +293,7 @@ def test_single_precision_stays_close() -> None:
 def test_packed_convolutions_convolve(stride: kernel.Pair, padding: kernel.Pair) -> None:
     stream = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(64, 40, 3, 3, generator=stream), torch.randn(64, generator=stream)
-    fixed = kernel.Kernel(weight, bias, stride, padding, (1, 1))
+    fixed = kernel.Kernel(weight, bias, stride, padding, (1, 1), packs=True)
     exact = kernel.Kernel(weight.double(), bias.double(), stride, padding, (1, 1))
     for count in (1, 3, 1):
         x = torch.randn(count, 40, 7, 6, generator=stream)
@@ -253,23 +326,63 @@ class Coupled(nn.Module):
         return self.head(torch.tanh(x - x.mean(0)).flatten(1))
 
 
-class Bare(nn.Module):
-    """A parameter outside of any layer."""
+class Lonely(nn.Module):
+    """A parameter per image of the batch it expects."""
 
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(192, 5)
-        self.scale = nn.Parameter(torch.ones(()))
+        self.each = nn.Parameter(torch.ones(4, 5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(x).flatten(1)) * self.scale
+        return self.head(torch.tanh(x).flatten(1)) + self.each[: len(x)]
+
+
+class InPlace(nn.Module):
+    """A parameter added in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.shift = nn.Linear(192, 5), nn.Parameter(torch.ones(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.head(x.flatten(1))
+        h += self.shift
+        return torch.tanh(h)
+
+
+class Masked(nn.Module):
+    """Attention that sees the past only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.reshape(len(x), 24, 8)
+        mask = torch.ones(24, 24, dtype=torch.bool).triu(1)
+        return self.head(self.attention(h, h, h, attn_mask=mask)[0].mean(1))
+
+
+class Sideways(nn.Module):
+    """Attention whose first axis is the token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.mix(x.reshape(len(x), 24, 8).transpose(0, 1)))
+        return self.head(h.mean(0))
 
 
 UNSUPPORTED: dict[str, Callable[[], nn.Module]] = {
     "shared": Shared,
     "coupled": Coupled,
-    "bare parameter": Bare,
-    "grouped": lambda: _conv(nn.Conv2d(3, 6, 3, groups=3), nn.Tanh(), width=216),
+    "indexed parameter": Lonely,
+    "added in place": InPlace,
+    "masked attention": Masked,
+    "tokens first": Sideways,
     "transposed": lambda: _conv(nn.ConvTranspose2d(3, 2, 3), nn.Tanh(), width=200),
     "weight norm": lambda: nn.Sequential(
         nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(192, 5))
@@ -289,6 +402,66 @@ def test_other_clients_and_distances_are_refused() -> None:
     assert _matching(state, distances.l1, size=2).fast is None
 
 
+def test_the_probe_runs_once_per_structure(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    agrees = probe.agrees
+    counted = lambda *given: runs.append(1) or agrees(*given)
+    monkeypatch.setattr(probe, "_known", {})
+    monkeypatch.setattr("gradleak.attacks.parts.fast.fit.agrees", counted)
+
+    def ask(network: Callable[[], nn.Module], distance: Distance = cosine, size: int = 2) -> int:
+        assert _matching(_state(network), distance, size=size, count=1).fast is not None
+        return len(runs)
+
+    assert ask(Residual) == 1
+    assert ask(Residual) == 1
+    assert ask(Residual, squared_l2) == 2
+    assert ask(Residual, size=3) == 3
+    assert ask(NETWORKS["strided"]) == 4
+    assert ask(lambda: _conv(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), width=256)) == 5
+    assert ask(lambda: _conv(nn.Conv2d(3, 4, 3, padding=1), nn.GELU(), width=256)) == 6
+
+
+class Hidden(nn.Module):
+    """Does what an object, which no structure can describe, tells it to do."""
+
+    def __init__(self, coupled: bool) -> None:
+        super().__init__()
+        self.head = nn.Linear(192, 5)
+        self.how = {"coupled": iter([coupled] * 99)}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Hidden:
+        clone = Hidden(next(self.how["coupled"]))
+        clone.head = copy.deepcopy(self.head, memo)
+        return clone
+
+    def forward(self, x: Tensor) -> Tensor:
+        centre = x.mean(0) if next(self.how["coupled"]) else 0.5
+        return self.head(torch.tanh(x - centre).flatten(1))
+
+
+def test_what_cannot_be_told_apart_is_probed_every_time() -> None:
+    found = [
+        _matching(_state(lambda c=c: Hidden(c)), cosine, size=2, count=1).fast  # type: ignore[misc]
+        for c in (False, True, False)
+    ]
+    assert [f is not None for f in found] == [True, False, True]
+
+
+def test_shared_parameters_are_another_structure() -> None:
+    def twins(tied: bool) -> nn.Module:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.Linear(5, 5), nn.Linear(5, 5))
+        if tied:
+            model[3].weight = model[2].weight
+        return model
+
+    found = [
+        _matching(_state(lambda t=t: twins(t)), cosine, size=1, count=1) for t in (False, True)
+    ]  # type: ignore[misc]
+    assert found[0].fast is not None
+    assert found[1].fast is None
+
+
 def test_noise_leaves_predictions_alone_and_is_supported() -> None:
     mechanism = GaussianNoise(std=0.1)(FedSGD())
     matching = _matching(_state(NETWORKS["normalised"]), cosine, size=2, mechanism=mechanism)
@@ -297,7 +470,8 @@ def test_noise_leaves_predictions_alone_and_is_supported() -> None:
 
 def test_a_planted_fault_is_caught_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     pull = rules.LinearRule.pull
-    monkeypatch.setattr(rules.LinearRule, "pull", lambda self, a, b: pull(self, a, b * 1.001))
+    monkeypatch.setattr(probe, "_known", {})
+    monkeypatch.setattr(rules.LinearRule, "pull", lambda self, a, b, v: pull(self, a, b * 1.001, v))
     assert _matching(_state(NETWORKS["mlp"]), cosine, size=1, count=1).fast is None
 
 

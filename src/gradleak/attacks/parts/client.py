@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.defenses.wrapped import Wrapped
 from gradleak.mechanisms.fedsgd import FedSGD
@@ -46,6 +48,12 @@ def trained_tensors(model: nn.Module, state: ModelState) -> dict[str, Tensor]:
     """The parameters of a loaded network that the state trains, in the state's order."""
     own = dict(model.named_parameters())
     return {name: own[name] for name in state.params}
+
+
+def differentiable_twice() -> AbstractContextManager[None]:
+    """Attention in plain operations: its fused kernels cannot be differentiated twice."""
+    plain: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return plain
 
 
 def _overridden(kind: type[Wrapped]) -> set[str]:

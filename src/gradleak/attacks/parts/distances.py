@@ -16,7 +16,7 @@ from gradleak.errors import InvalidInput
 
 Tensors = Mapping[str, Tensor]
 Distance = Callable[[Tensors, Tensors], Tensor]
-Slope = Callable[[Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
+Slope = Callable[[list[Tensor]], tuple[Tensor, Sequence[Tensor]]]
 """Predicted tensors, in the order of the received ones -> D and ∂D/∂p of every tensor."""
 
 
@@ -72,8 +72,8 @@ def slope(distance: Distance, received: Tensors) -> Slope:
 
 
 def _squared_l2_slope(received: list[Tensor]) -> Slope:
-    def at(predicted: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        gaps = torch._foreach_sub(predicted, received)
+    def at(predicted: list[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        gaps = list(torch._foreach_sub(predicted, received))
         value = _squares(gaps)
         torch._foreach_mul_(gaps, 2.0)
         return value, gaps
@@ -82,8 +82,8 @@ def _squared_l2_slope(received: list[Tensor]) -> Slope:
 
 
 def _l1_slope(received: list[Tensor]) -> Slope:
-    def at(predicted: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        gaps = torch._foreach_sub(predicted, received)
+    def at(predicted: list[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        gaps = list(torch._foreach_sub(predicted, received))
         return _total([g.abs().sum() for g in gaps]), torch._foreach_sign(gaps)
 
     return at
@@ -92,10 +92,10 @@ def _l1_slope(received: list[Tensor]) -> Slope:
 def _cosine_slope(received: list[Tensor]) -> Slope:
     theirs = _squares(received)
 
-    def at(predicted: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    def at(predicted: list[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         inner, own = _inner(predicted, received), _squares(predicted)
         length, a, b = cosine_slope(inner, own, theirs)
-        slopes = torch._foreach_mul(predicted, a)
+        slopes = list(torch._foreach_mul(predicted, a))
         torch._foreach_addcmul_(slopes, received, [b] * len(received))
         return 1 - inner / length, slopes
 
@@ -119,10 +119,10 @@ def cosine_slope(inner: Tensor, own: Tensor, theirs: Tensor) -> tuple[Tensor, Te
 def _direction_gap_slope(received: list[Tensor]) -> Slope:
     norm = _floored_root(_squares(received))
 
-    def at(predicted: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    def at(predicted: list[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         square = _squares(predicted)
         own = _floored_root(square)
-        gaps = torch._foreach_div(predicted, own)
+        gaps = list(torch._foreach_div(predicted, own))
         torch._foreach_addcmul_(gaps, received, [-1 / norm] * len(received))
         value = 0.5 * _squares(gaps)
         # With u the gap and p̂ = p/‖p‖: ∂D/∂p = (u − ⟨u, p̂⟩ p̂) / ‖p‖, and ⟨u, p̂⟩ = D.
@@ -135,7 +135,7 @@ def _direction_gap_slope(received: list[Tensor]) -> Slope:
 
 
 def _by_autograd(distance: Distance, received: Tensors) -> Slope:
-    def at(predicted: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    def at(predicted: list[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         leaves = [p.detach().requires_grad_() for p in predicted]
         with torch.enable_grad():
             value = distance(dict(zip(received, leaves, strict=True)), received)

@@ -9,9 +9,9 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.attacks.parts.carried import Wanted, carried
+from gradleak.attacks.parts.client import differentiable_twice
 from gradleak.attacks.parts.distances import Distance
 from gradleak.attacks.parts.fast import FastFit
 from gradleak.attacks.parts.plain import PlainFit
@@ -69,7 +69,8 @@ class Matching:
     def one(self, inputs: Tensor, labels: Tensor, received: dict[str, Tensor]) -> Tensor:
         """Distance of one trial; inputs (b, *shape), labels (b,) or (b, classes)."""
         update = Update(received, self.mechanism.kind)
-        predicted = self.mechanism.predict(update, self.state, Batch(inputs, labels))
+        with differentiable_twice():
+            predicted = self.mechanism.predict(update, self.state, Batch(inputs, labels))
         return self.distance(predicted.values, received)
 
     def __call__(self, inputs: Tensor, labels: Tensor, targets: Sequence[int]) -> Tensor:
@@ -90,11 +91,10 @@ class Matching:
                 return value[None], [None if g is None else g[None] for g in found]
 
             return carried(alone, inputs, labels)
-        with sdpa_kernel(SDPBackend.MATH):
-            if len(set(targets)) == 1:
-                shared = torch.func.vmap(self.one, (0, 0, None))
-                return shared(inputs, labels, self.received[targets[0]])
-            return torch.func.vmap(self.one)(inputs, labels, self._stacked_for(tuple(targets)))
+        if len(set(targets)) == 1:
+            shared = torch.func.vmap(self.one, (0, 0, None))
+            return shared(inputs, labels, self.received[targets[0]])
+        return torch.func.vmap(self.one)(inputs, labels, self._stacked_for(tuple(targets)))
 
     def _stacked_for(self, targets: tuple[int, ...]) -> dict[str, Tensor]:
         """The updates of these targets along a leading axis, kept for the next call."""

@@ -11,10 +11,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.attacks.parts.carried import Wanted
-from gradleak.attacks.parts.client import loaded, plain_client, trained_tensors
+from gradleak.attacks.parts.client import (
+    differentiable_twice,
+    loaded,
+    plain_client,
+    trained_tensors,
+)
 from gradleak.attacks.parts.distances import Distance, Slope, slope
 from gradleak.mechanisms.client import template
 from gradleak.types import Batch, Mechanism, ModelState, Update
@@ -88,8 +92,7 @@ class PlainFit:
         return found
 
     def _predicted(self, batch: Batch, target: int, *, create_graph: bool) -> Sequence[Tensor]:
-        # Fused attention kernels cannot be differentiated twice.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), differentiable_twice():
             if self._client is not None:
                 loss = self._client.loss(self._model(batch.inputs), batch.labels)
                 return torch.autograd.grad(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from gradleak.attacks.parts.carried import Evaluate, Wanted, carried
-from gradleak.attacks.parts.client import loaded, plain_client, trained_tensors
+from gradleak.attacks.parts.client import (
+    differentiable_twice,
+    loaded,
+    plain_client,
+    trained_tensors,
+)
 from gradleak.attacks.parts.distances import cosine, cosine_slope, squared_l2
-from gradleak.attacks.parts.fast.kernel import can_pack
+from gradleak.attacks.parts.fast.kernel import FEW_IMAGES, can_pack
 from gradleak.attacks.parts.fast.probe import agrees, settled, structure
 from gradleak.attacks.parts.fast.rules import Received, Rule, sum_of
 from gradleak.attacks.parts.fast.tape import Constants, Tape, Unsupported
@@ -104,21 +108,14 @@ class FastFit:
             rules, loss = self._forward(x, y, received)
             outputs = [rule.z for rule in rules]
             ds = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
-        used = [(rule, d) for rule, d in zip(rules, ds, strict=True) if d is not None]
         with torch.no_grad():
-            comparison = Comparison([(rule, d.detach()) for rule, d in used], received)
+            used = [(rule, d) for rule, d in zip(rules, ds, strict=True) if d is not None]
+            del rules, outputs, ds, loss
+            comparison = Comparison(used, received)
             values, a, b = self._distance(comparison, received)
             if not any(wanted):
                 return values, [None, None]
-            roots: list[Tensor] = []
-            cotangents: list[Tensor] = []
-            shares = comparison.shares(a, b)
-            for (rule, d), v in zip(used, shares, strict=True):
-                in_d, in_x = rule.pull(a, b, v)
-                for root, cotangent in ((d, in_d), (rule.x, in_x)):
-                    if root is not None and cotangent is not None and root.requires_grad:
-                        roots.append(root)
-                        cotangents.append(cotangent)
+            roots, cotangents = comparison.pull(a, b)
         leaves = [leaf for leaf, want in zip((x, y), wanted, strict=True) if want]
         found = list(torch.autograd.grad(roots, leaves, cotangents, allow_unused=True))
         gradients: list[Tensor | None] = []
@@ -141,9 +138,9 @@ class FastFit:
     def _forward(self, x: Tensor, y: Tensor, received: Received) -> tuple[list[Rule], Tensor]:
         """Rules of one pass, and the sum of the trials' losses."""
         tape = Tape(self.names, self.constants, received, copies=self.copies)
-        if self.constants.packs and x.ndim == 4:
+        if self.constants.packs and x.ndim == 4 and len(x) <= FEW_IMAGES:
             x = x.contiguous(memory_format=torch.channels_last)
-        with tape, sdpa_kernel(SDPBackend.MATH):
+        with tape, differentiable_twice():
             logits = self.model(x)
         if tape.overwritten:
             if self.copies:
@@ -152,9 +149,7 @@ class FastFit:
             return self._forward(x, y, received)
         return tape.rules, _summed(self.loss, logits, y)
 
-    def _distance(
-        self, found: Comparison, received: Received
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _distance(self, found: Comparison, received: Received) -> tuple[Tensor, Tensor, Tensor]:
         """Distances, and (a, b) of their derivative a g + b G."""
         dot, square, theirs = found.dot, found.square, received.squares
         if self.relative:
@@ -171,15 +166,15 @@ class Comparison:
     """⟨g_t, G_t⟩ (`dot`) and ‖g_t‖² (`square`) of every trial, over all layers.
 
     Args:
-        used: every rule with its D.
+        used: every rule with its D; emptied by `pull`.
         received: G.
     """
 
-    def __init__(self, used: Sequence[tuple[Rule, Tensor]], received: Received) -> None:
-        self.rules, self.received = [rule for rule, _ in used], received
-        moments = [m for rule, d in used if (m := rule.moments(d)) is not None]
+    def __init__(self, used: list[tuple[Rule, Tensor]], received: Received) -> None:
+        self.used, self.received = used, received
+        moments = [m for rule, d in used if (m := rule.moments(d.detach())) is not None]
         dots, squares = [m[0] for m in moments], [m[1] for m in moments]
-        formed = {name: g for rule in self.rules for name, g in rule.formed.items()}
+        formed = {name: g for rule, _ in used for name, g in rule.formed.items()}
         self.sizes = [g[0].numel() for g in formed.values()]
         if formed:
             self.g = torch.cat([g.reshape(len(g), -1) for g in formed.values()], 1)
@@ -190,22 +185,32 @@ class Comparison:
 
     def gap(self) -> Tensor:
         """‖g_t − G_t‖² without cancellation."""
-        gaps = [gap for rule in self.rules if (gap := rule.gap()) is not None]
+        gaps = [gap for rule, _ in self.used if (gap := rule.gap()) is not None]
         if self.sizes:
             gaps.append(((self.g - self.G) ** 2).sum(1))
-        touched = {name for rule in self.rules for name in rule.names}
+        touched = {name for rule, _ in self.used for name in rule.names}
         return sum_of([*gaps, self.received.squares_without(touched)])
 
-    def shares(self, a: Tensor, b: Tensor) -> list[dict[str, Tensor]]:
-        """v = a g + b G of what every rule has formed."""
-        if not self.sizes:
-            return [{} for _ in self.rules]
-        v = torch.addcmul(self.g * a[:, None], self.G, b[:, None])
-        parts = iter(v.split(self.sizes, 1))
-        return [
-            {name: next(parts).view_as(g) for name, g in rule.formed.items()}
-            for rule in self.rules
-        ]
+    def pull(self, a: Tensor, b: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Where v = a g + b G is pulled back to, and the cotangents there.
+
+        A rule is let go as soon as it is done, and with it what it computed.
+        """
+        roots: list[Tensor] = []
+        cotangents: list[Tensor] = []
+        shares: Iterator[Tensor] = iter(())
+        if self.sizes:
+            v = torch.addcmul(self.g * a[:, None], self.G, b[:, None])
+            shares = iter(torch.split_with_sizes(v, self.sizes, 1))
+        while self.used:
+            rule, d = self.used.pop(0)
+            own = {name: next(shares).view_as(g) for name, g in rule.formed.items()}
+            in_d, in_x = rule.pull(a, b, own)
+            for root, cotangent in ((d, in_d), (rule.x, in_x)):
+                if root is not None and cotangent is not None and root.requires_grad:
+                    roots.append(root)
+                    cotangents.append(cotangent)
+        return roots, cotangents
 
 
 def _summed(loss: Loss, logits: Tensor, labels: Tensor) -> Tensor:

@@ -49,9 +49,7 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def agrees(
-    plain: PlainFit, together: Together, spec: DataSpec, size: int
-) -> bool:
+def agrees(plain: PlainFit, together: Together, spec: DataSpec, size: int) -> bool:
     """Compare with plain double backward in float64.
 
     Args:
@@ -124,7 +122,7 @@ def _setting(value: Any, first: Mapping[int, str]) -> Hashable:
     if isinstance(value, Tensor):
         return ("tensor", first.get(id(value)), tuple(value.shape), value.dtype, value.device)
     if isinstance(value, nn.Module):
-        return type(value)
+        return ("module", type(value).__qualname__)
     if isinstance(value, _PLAIN):
         return type(value), value
     if isinstance(value, _NAMED):

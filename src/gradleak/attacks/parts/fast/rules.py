@@ -109,9 +109,7 @@ class Rule(ABC):
         return None
 
     @abstractmethod
-    def pull(
-        self, a: Tensor, b: Tensor, v: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
+    def pull(self, a: Tensor, b: Tensor, v: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Gradients of Σ_t ⟨g_t, v_t⟩ at fixed v_t = a_t g_t + b_t G_t, in D and in x.
 
         Args:

@@ -253,9 +253,10 @@ def _broadcast(p: Tensor, x: Tensor) -> torch.Size | None:
     if p.ndim == x.ndim and p.shape[0] != 1:
         return None
     try:
-        return torch.broadcast_shapes(p.shape, x.shape)
+        shape: torch.Size = torch.broadcast_shapes(p.shape, x.shape)  # type: ignore[no-untyped-call]
     except RuntimeError:
         return None
+    return shape
 
 
 def _self_attention(
@@ -289,7 +290,7 @@ def _self_attention(
         raise Unsupported("attention with masks or other keys")
     rows = query.transpose(0, 1)
     joined = tape.record(_linear(tape, rows, in_proj_weight, in_proj_bias))
-    q, k, v = joined.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = joined.view(*joined.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)
     out = _linear(tape, (weights @ v).transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
     shown = weights.mean(1) if average_attn_weights else weights
