@@ -234,6 +234,29 @@ def test_every_rule_is_plain_autograd(
     assert _compare(matching, *_claims(1, size, soft=True), [2]) < 1e-10
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shape", [(3, 64, 128), (3, 5, 7), (2, 64, 64, 3, 3)])
+def test_inner_products_in_single_precision(shape: tuple[int, ...], shared: bool) -> None:
+    stream = torch.Generator().manual_seed(0)
+    a, b = torch.randn(shape, generator=stream), torch.randn(shape, generator=stream)
+    if shared:
+        b = b[:1].expand(shape)
+    wanted = (a.double() * b.double()).flatten(1).sum(1)
+    scale = a.double().flatten(1).norm(dim=1)
+    for x, y in ((a, b), (_last(a), _last(b))):
+        found = rules.inner_products(x, y)
+        assert float(((found - wanted) / scale).abs().max()) < 1e-5
+
+
+def _last(kernels: Tensor) -> Tensor:
+    """The same numbers, with the second axis of every kernel running fastest."""
+    if kernels.ndim < 5:
+        return kernels
+    one = kernels[:1] if kernels.stride(0) == 0 else kernels
+    laid = one.movedim(2, 4).contiguous().movedim(4, 2)
+    return laid.expand(kernels.shape)
+
+
 @pytest.mark.parametrize("chunk", [4, 9])
 def test_grouped_convolutions_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "_CHUNK_CHANNELS", chunk)

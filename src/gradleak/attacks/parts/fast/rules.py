@@ -418,7 +418,12 @@ def conv_rule(x: Tensor, kernel: Kernel, names: Sequence[str], received: Receive
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a_t, b_t⟩ of every trial; summed in blocks, as one long float32 dot loses digits."""
+    """⟨a_t, b_t⟩ of every trial; summed in blocks, as one long float32 dot loses digits.
+
+    Args:
+        a: (trials, ...).
+        b: the same; rows that are views of one are not copied.
+    """
     if a.ndim == 5 and not a.is_contiguous():
         a, b = a.movedim(2, 4), b.movedim(2, 4)
     a, b = a.flatten(1), b.flatten(1)
@@ -426,6 +431,9 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
     blocks, rest = divmod(length, _BLOCK)
     if a.dtype == torch.float64 or blocks == 0 or rest:
         return (a * b).sum(1)
+    if b.stride(0) == 0:
+        shared = b[0].view(blocks, _BLOCK, 1)
+        return torch.bmm(a.view(trials, blocks, _BLOCK).transpose(0, 1), shared).sum((0, 2))
     a, b = a.reshape(-1, 1, _BLOCK), b.reshape(-1, _BLOCK, 1)
     return torch.bmm(a, b).view(trials, blocks).sum(1)
 
