@@ -265,10 +265,9 @@ def test_grouped_convolutions_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("network", ["residual", "odd", "grouped", "strided"])
-@pytest.mark.parametrize("size", [1, 3])
-def test_channels_last_gives_the_same(network: str, size: int) -> None:
-    matching = _matching(_state(NETWORKS[network]), cosine, size=size, dtype=torch.float32)
-    x, y = _claims(2, size, soft=False)
+def test_channels_last_gives_the_same(network: str) -> None:
+    matching = _matching(_state(NETWORKS[network]), cosine, size=1, dtype=torch.float32)
+    x, y = _claims(2, 1, soft=False)
     fast = matching.fast
     assert fast is not None
     small = x.float().requires_grad_()
@@ -278,8 +277,7 @@ def test_channels_last_gives_the_same(network: str, size: int) -> None:
         return torch.autograd.grad(fast(small, y, [0, 1]).sum(), small)[0]
 
     before = gradient()
-    fast.constants.kernels.clear()
-    fast.constants.packs = kernel.can_pack(small)
+    fast.may_pack = kernel.can_pack(small)
     after = gradient()
     assert float((after - before).norm() / before.norm()) < 1e-4
 

@@ -17,7 +17,7 @@ from gradleak.attacks.parts.client import (
     trained_tensors,
 )
 from gradleak.attacks.parts.distances import cosine, cosine_slope, squared_l2
-from gradleak.attacks.parts.fast.kernel import FEW_IMAGES, can_pack
+from gradleak.attacks.parts.fast.kernel import can_pack
 from gradleak.attacks.parts.fast.probe import agrees, settled, structure
 from gradleak.attacks.parts.fast.rules import Received, Rule, sum_of
 from gradleak.attacks.parts.fast.tape import Constants, Tape, Unsupported
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _KEPT_COORDINATES = 100_000_000
 _WORTH_PACKING = 1_000_000
+_FEW_TRIALS = 8
 
 
 class FastFit:
@@ -57,7 +58,8 @@ class FastFit:
         self.names = {id(p): name for name, p in trained_tensors(self.model, state).items()}
         convolved = sum(p.numel() for p in self.model.parameters() if p.ndim == 4)
         reference = next(iter(state.params.values()))
-        self.constants = Constants(packs=convolved >= _WORTH_PACKING and can_pack(reference))
+        self.may_pack = convolved >= _WORTH_PACKING and can_pack(reference)
+        self.constants = Constants()
         self.copies = False
         self._groups: dict[tuple[int, ...], Received] = {}
 
@@ -137,8 +139,10 @@ class FastFit:
 
     def _forward(self, x: Tensor, y: Tensor, received: Received) -> tuple[list[Rule], Tensor]:
         """Rules of one pass, and the sum of the trials' losses."""
-        tape = Tape(self.names, self.constants, received, copies=self.copies)
-        if self.constants.packs and x.ndim == 4 and len(x) <= FEW_IMAGES:
+        # With many images, laying weights out anew for every call costs little.
+        packs = self.may_pack and len(x) == len(received) <= _FEW_TRIALS
+        tape = Tape(self.names, self.constants, received, copies=self.copies, packs=packs)
+        if packs and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         with tape, differentiable_twice():
             logits = self.model(x)

@@ -15,9 +15,6 @@ from torch.nn import functional as F
 
 Pair = tuple[int, int]
 
-FEW_IMAGES = 8
-"""Up to here, laying weights out anew for every call is worth avoiding."""
-
 
 class Kernel:
     """z = W ∗ x (+ b) with fixed W.
@@ -27,8 +24,8 @@ class Kernel:
         bias: (out,) or None.
         stride, padding, dilation: per side.
         groups: of channels.
-        packs: for few images, keep the weight in oneDNN's own layout; outputs are then
-            channels-last, and inputs had better be.
+        packs: keep the weight in oneDNN's own layout; outputs are then channels-last, and inputs
+            had better be.
     """
 
     def __init__(
@@ -50,7 +47,7 @@ class Kernel:
     def forward(self, x: Tensor, *, bias: bool) -> Tensor:
         """W ∗ x, plus b where asked."""
         c = self.bias if bias else None
-        if self.packs and x.shape[0] <= FEW_IMAGES:
+        if self.packs:
             if not self._has("forward", x.shape):
                 self._packs["forward"] = _Packed(
                     self.weight, x.shape, self.stride, self.padding, self.dilation
@@ -60,7 +57,7 @@ class Kernel:
 
     def transposed(self, d: Tensor, shape: torch.Size) -> Tensor:
         """Wᵀ ∗ d: the gradient of ⟨W ∗ x, d⟩ at x of `shape`."""
-        if self.packs and self.stride == (1, 1) and d.shape[0] <= FEW_IMAGES:
+        if self.packs and self.stride == (1, 1):
             reach = [
                 w * (k - 1) - p
                 for w, k, p in zip(self.dilation, self.weight.shape[2:], self.padding, strict=True)

@@ -35,13 +35,11 @@ class Constants:
     """What does not change between passes.
 
     Attributes:
-        packs: whether convolutions keep packed weights.
-        kernels: convolutions by parameter name.
+        kernels: convolutions by parameter name, with packed weights and without.
         inverses: reciprocal standard deviations of batch normalisations by parameter name.
     """
 
-    packs: bool
-    kernels: dict[str, Kernel] = field(default_factory=dict)
+    kernels: dict[tuple[str, bool], Kernel] = field(default_factory=dict)
     inverses: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -53,6 +51,7 @@ class Tape(TorchFunctionMode):
         constants: what is kept between passes.
         received: updates of the trials in the pass.
         copies: hand out copies of outputs, for networks that overwrite them in place.
+        packs: let convolutions keep packed weights.
     """
 
     def __init__(
@@ -62,8 +61,10 @@ class Tape(TorchFunctionMode):
         received: Received,
         *,
         copies: bool,
+        packs: bool,
     ) -> None:
         super().__init__()
+        self.packs = packs
         self.names, self.constants, self.received, self.copies = names, constants, received, copies
         self.rules: list[Rule] = []
         self._used: set[int] = set()
@@ -150,12 +151,12 @@ def _conv2d(
     if isinstance(padding, str):
         raise Unsupported(f"padding={padding!r}")
     names = tape.claim(weight, bias)
-    known = tape.constants.kernels
-    if names[0] not in known:
+    known, key = tape.constants.kernels, (names[0], tape.packs)
+    if key not in known:
         geometry = _pair(stride), _pair(padding), _pair(dilation)
-        packs = tape.constants.packs and weight.shape[2:] != (1, 1)
-        known[names[0]] = Kernel(weight, bias, *geometry, groups=groups, packs=packs)
-    return conv_rule(input, known[names[0]], names, tape.received)
+        packs = tape.packs and weight.shape[2:] != (1, 1)
+        known[key] = Kernel(weight, bias, *geometry, groups=groups, packs=packs)
+    return conv_rule(input, known[key], names, tape.received)
 
 
 def _batch_norm(
