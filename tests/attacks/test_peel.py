@@ -86,6 +86,9 @@ def entering(place: Place, inputs: Tensor) -> Tensor:
 
 def assert_known(found: Activations, place: Place, inputs: Tensor, seen: Observation) -> None:
     """Features are those of the truth, and the cotangents give its gradients below."""
+    assert not any(
+        name.startswith(f"{place.reader}.") for name, _ in place.below.named_parameters()
+    )
     torch.testing.assert_close(found.features, entering(place, inputs).relu(), rtol=0, atol=1e-8)
     parameters = dict(place.below.double().named_parameters())
     product = (place.below(inputs) * found.cotangents).sum()

@@ -127,19 +127,3 @@ def test_synthetic_images_spread_activations_as_photographs_do() -> None:
         model(digits.batch(range(8)).inputs.double())
     for own, real in zip(spreads, found, strict=True):
         assert 0.5 < own / real < 2
-
-
-def test_the_body_ends_before_the_last_activation_and_knows_its_head() -> None:
-    model = build("convnet", SPEC, seed=0).double()
-    cut = smoothing.body(smooth_of(model))
-    assert cut is not None
-    body, head = cut
-    assert isinstance(model, nn.Sequential)
-    assert model.get_submodule(head) is model[-1]
-    x = smoothing.natural_like(SPEC, 2)
-    torch.testing.assert_close(body(x), model[:-3](x).flatten(1))
-    assert not any(k.startswith(f"{head}.") for k, _ in body.named_parameters())
-
-
-def test_pooled_features_have_no_body() -> None:
-    assert smoothing.body(smooth_of(build("resnet18", SPEC, seed=0))) is None
