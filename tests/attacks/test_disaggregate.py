@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import gradleak as gl
 from gradleak.attacks.closed_form.disaggregate import Separated, disaggregate
+from gradleak.attacks.parts.labels import sign_counts
 from gradleak.data import load
 from gradleak.defenses import GaussianNoise
 from gradleak.mechanisms import FedAvg, FedSGD
@@ -109,9 +110,49 @@ def test_dark_corners_shared_by_all_pictures_are_no_example() -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.GELU, nn.Tanh, nn.Sigmoid])
-def test_dense_features_have_no_solution(kind: type[nn.Module]) -> None:
-    seen, *_ = seen_batch(repeated(4), network(kind))
-    assert "directions repeat" in str(disaggregate(seen))
+def test_dense_features_separate_by_the_softmax(kind: type[nn.Module]) -> None:
+    """Of distinct classes to 1e-8; no column of the head's gradient is one example's alone."""
+    seen, inputs, labels, model = seen_batch([0, 1, 2, 3], network(kind))
+    found = disaggregate(seen)
+    assert isinstance(found, Separated), found
+    assert not found.rectified
+    assert_separates(found, *truth_at_the_head(model, inputs, labels))
+
+
+def test_dense_features_of_one_class_separate_too() -> None:
+    """Nearly equal predictions amplify rounding, so 1e-4 here; a swap would be off by 1."""
+    seen, inputs, labels, model = seen_batch(repeated(4), network(nn.GELU))
+    found = disaggregate(seen)
+    assert isinstance(found, Separated), found
+    assert torch.equal(found.labels, labels.sort().values)
+    _, features = truth_at_the_head(model, inputs, labels)
+    order = torch.cdist(features, found.features).argmin(1)
+    assert sorted(order.tolist()) == [0, 1, 2, 3]
+    gap = (found.features[order] - features).norm() / features.norm()
+    assert gap < 1e-4
+
+
+def test_average_pooled_features_separate() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        layers = (nn.Conv2d(1, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        model = nn.Sequential(*layers, nn.Linear(32, 10))
+    seen, inputs, labels, model = seen_batch([0, 1, 2], model)
+    assert_separates(disaggregate(seen), *truth_at_the_head(model, inputs, labels))
+
+
+def test_miscounted_labels_are_recounted() -> None:
+    """Class 7 is predicted anyway: the signal hides that it is there, the softmax does not."""
+    model = network(nn.GELU)
+    labels = load("digits").labels
+    with torch.no_grad():
+        model[-1].bias[7] = 3.0
+    chosen = [*torch.nonzero(labels == 1)[:2, 0].tolist(), int(torch.nonzero(labels == 7)[0])]
+    seen, _, wanted, _ = seen_batch(chosen, model)
+    assert not torch.equal(sign_counts(seen), wanted.sort().values)
+    found = disaggregate(seen)
+    assert isinstance(found, Separated), found
+    assert torch.equal(found.labels, wanted.sort().values)
 
 
 def test_no_solution_without_a_bias() -> None:
@@ -126,7 +167,7 @@ def test_no_solution_under_noise() -> None:
         for k, v in seen.update.values.items()
     }
     exchange = replace(seen.exchanges[0], update=replace(seen.update, values=values))
-    assert "directions repeat" in str(disaggregate(replace(seen, exchanges=(exchange,))))
+    assert "no residuals are the softmax" in str(disaggregate(replace(seen, exchanges=(exchange,))))
 
 
 @pytest.mark.parametrize("size", [10, 12])

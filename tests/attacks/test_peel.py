@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 import gradleak as gl
 from gradleak.attacks.closed_form.disaggregate import Separated, disaggregate
-from gradleak.attacks.closed_form.peel import Activations, Place, peel, places
+from gradleak.attacks.closed_form.peel import (
+    Activations,
+    Place,
+    at_head,
+    head_place,
+    peel,
+    places,
+)
 from gradleak.attacks.parts import smoothing
 from gradleak.data import load
 from gradleak.types import ModelState, Observation
@@ -156,9 +163,15 @@ def test_a_gradient_that_no_input_explains_is_not_peeled() -> None:
     assert peeled(seen, chain_of(seen))[0] == 0
 
 
-def test_networks_that_do_not_end_in_relu_and_a_linear_head_have_no_place() -> None:
-    averaged = nn.Sequential(
-        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+def test_a_head_that_reads_no_relu_has_a_place_but_nothing_to_peel() -> None:
+    averaged = seeded(
+        nn.Conv2d(1, 24, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10)
     )
-    seen, _ = seen_of(averaged, 1)
+    seen, inputs = seen_of(averaged, 2)
     assert chain_of(seen) == []
+    place = head_place(smoothing.swapped(averaged))
+    assert place is not None
+    separated = disaggregate(seen)
+    assert isinstance(separated, Separated), separated
+    found = at_head(seen, separated, place)
+    torch.testing.assert_close(found.features, entering(place, inputs), rtol=0, atol=1e-8)

@@ -127,3 +127,16 @@ def test_synthetic_images_spread_activations_as_photographs_do() -> None:
         model(digits.batch(range(8)).inputs.double())
     for own, real in zip(spreads, found, strict=True):
         assert 0.5 < own / real < 2
+
+
+@pytest.mark.parametrize(("window", "stride", "padding"), [(2, 2, 0), (3, 2, 1), (3, 3, 0)])
+@pytest.mark.parametrize("size", [7, 8, 9, 10])
+def test_pooling_with_sizes_rounded_up_has_the_pooling_as_its_limit(
+    window: int, stride: int, padding: int, size: int
+) -> None:
+    pool = nn.MaxPool2d(window, stride, padding, ceil_mode=True)
+    smooth = smoothing.SmoothMaxPool(pool)
+    a = torch.randn((2, 3, size, size), generator=torch.Generator().manual_seed(0)).double()
+    assert torch.equal(smooth(a), pool(a))
+    smooth.beta = 1e6
+    torch.testing.assert_close(smooth(a), pool(a), rtol=0, atol=1e-5)

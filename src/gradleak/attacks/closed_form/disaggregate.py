@@ -1,17 +1,21 @@
-"""Labels and head features of every example, from the averaged gradient of one ReLU head.
+"""Labels and head inputs of every example, from the averaged gradient of a linear head.
 
-With logits W h + b and residuals e_i = p_i − onehot(y_i), the j-th column of ∂L/∂W is
-(1/B) Σ_i h_ij e_i with h_ij ≥ 0. Where one example alone is active the column is parallel to that
-example's residual. So among directions that columns repeat, those that are no mixture of the
-others are the residuals; ∂L/∂b = (1/B) Σ_i e_i gives their lengths, and least squares the h_i.
+Two ways. The first needs ReLU features and is the more accurate one. With logits W h + b and
+residuals e_i = p_i − onehot(y_i), the j-th column of ∂L/∂W is (1/B) Σ_i h_ij e_i with h_ij ≥ 0.
+Where one example alone is active the column is parallel to that example's residual. So among
+directions that columns repeat, those that are no mixture of the others are the residuals;
+∂L/∂b = (1/B) Σ_i e_i gives their lengths, and least squares the h_i. The second way, for inputs of
+any kind, asks for residuals that are the softmax of the inputs they imply (`factor`).
 
-Exact for noise-free gradients, sparse non-negative features, a bias, and fewer examples than
-classes. Outside that range no batch of residuals explains the gradient, and none is returned.
+Exact for noise-free gradients, a bias, and fewer examples than classes. Outside that range no
+batch explains the gradient, and none is returned.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -21,6 +25,8 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from gradleak.attacks.closed_form.factor import factored
+from gradleak.attacks.parts.labels import sign_counts
 from gradleak.mechanisms import FedSGD
 from gradleak.types import Observation
 
@@ -28,6 +34,7 @@ _RADII = (1e-13, 1e-11, 1e-9, 1e-7, 1e-6, 1e-5)
 """Distances of unit columns at which they count as one direction, tried in order."""
 
 _CANDIDATES = 64
+_RECOUNTS = 12
 _PROJECTED = 8
 _TOLERANCE = 1e3
 """Residuals and features must explain the gradient within this many radii."""
@@ -39,11 +46,13 @@ class Separated:
 
     Attributes:
         residuals: (b, classes) p − onehot.
-        features: (b, width), exactly zero where inactive.
+        features: (b, width) the head's inputs.
+        rectified: whether these come from a ReLU, exactly zero where inactive.
     """
 
     residuals: Tensor
     features: Tensor
+    rectified: bool = True
 
     @property
     def labels(self) -> Tensor:
@@ -76,21 +85,58 @@ def disaggregate(seen: Observation) -> Separated | str:
         return "the network does not end in a linear layer of one unit a class, with a bias"
     if not (weight.isfinite().all() and bias.isfinite().all()):
         return "the head's gradient holds non-finite values"
+    if not weight.any():
+        return "the head's gradient is zero"
     found = separate(weight, bias, size)
-    if isinstance(found, str) or seen.knowledge.labels is None:
+    if isinstance(found, str):
+        factors = _factored(seen, names, weight, bias)
+        if factors is None:
+            return f"{found}; no residuals are the softmax of the inputs they imply"
+        found = factors
+    if seen.knowledge.labels is None:
         return found
     labels = seen.knowledge.labels.cpu()
     if not torch.equal(labels.sort().values, found.labels):
         return "the labels granted are not those of the examples that the head separates into"
     rank = labels.argsort(stable=True).argsort()
-    return Separated(found.residuals[rank], found.features[rank])
+    return replace(found, residuals=found.residuals[rank], features=found.features[rank])
+
+
+def _factored(
+    seen: Observation, names: Sequence[str], weight: Tensor, bias: Tensor
+) -> Separated | None:
+    """The examples by the softmax, for the likeliest labels that the signs allow."""
+    head = [seen.state.params[n].detach().double().cpu().numpy() for n in (names[0], names[-1])]
+    given = seen.knowledge.labels
+    likely = (sign_counts(seen) if given is None else given.cpu().sort().values).numpy()
+    candidates = (
+        [likely]
+        if given is not None
+        else [likely, *islice(_recounted(likely, bias.numpy()), _RECOUNTS)]
+    )
+    found = factored(weight.numpy(), bias.numpy(), head[0], head[1], candidates)
+    if found is None:
+        return None
+    residuals, inputs = (torch.from_numpy(part) for part in found)
+    return Separated(residuals, inputs, rectified=False)
+
+
+def _recounted(
+    labels: NDArray[np.int64], signal: NDArray[np.float64]
+) -> Iterator[NDArray[np.int64]]:
+    """The same with one of a repeated class given to another, that of the lowest signal first."""
+    classes, counts = np.unique(labels, return_counts=True)
+    for other in signal.argsort():
+        for repeated in classes[counts > 1]:
+            if repeated != other:
+                moved = labels.copy()
+                moved[np.flatnonzero(labels == repeated)[0]] = other
+                yield np.sort(moved)
 
 
 def separate(weight: Tensor, bias: Tensor, size: int) -> Separated | str:
     """The same for the head's gradients: weight (classes, width) and bias (classes,), float64."""
     length = weight.norm(dim=0)
-    if not length.any():
-        return "the head's gradient is zero"
     columns = weight[:, length > 1e-6 * length.max()]
     lengths = columns.norm(dim=0)
     directions = (columns / lengths).T.contiguous().numpy()

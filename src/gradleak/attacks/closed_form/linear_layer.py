@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from gradleak.attacks.parts.labels import known_or_recovered
+from gradleak.attacks.parts.known_labels import known_or_recovered
 from gradleak.attacks.parts.needs import require
 from gradleak.errors import NotApplicable
 from gradleak.mechanisms.client import template

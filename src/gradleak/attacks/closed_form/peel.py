@@ -38,18 +38,20 @@ _NEGATIVE = 1e-2
 
 @dataclass(frozen=True)
 class Place:
-    """A ReLU that feeds one linear layer, and the network below it.
+    """What a linear layer reads, and the network below it.
 
     Attributes:
-        below: the network up to what enters the ReLU (pooled, if a max-pooling follows it),
-            (b, *shape) to (b, width).
-        reader: name of the layer that reads the ReLU.
-        writer: name of the layer that writes what enters it; None where another operation does.
+        below: the network up to there, (b, *shape) to (b, width). Where a ReLU is read, up to what
+            enters it (pooled, if a max-pooling follows it).
+        reader: name of the layer that reads it.
+        writer: name of the layer that writes what enters the ReLU; None where something else does.
+        rectified: whether a ReLU is read.
     """
 
     below: nn.Module
     reader: str
     writer: str | None
+    rectified: bool = True
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class Activations:
     """What is known of every example at a place.
 
     Attributes:
-        features: (b, width) after the ReLU, exactly zero where inactive.
-        cotangents: (b, width) derivative of the loss in what enters the ReLU.
+        features: (b, width) what is read; after a ReLU exactly zero where inactive.
+        cotangents: (b, width) derivative of the loss in what `below` gives.
     """
 
     features: Tensor
@@ -86,6 +88,27 @@ def places(network: nn.Module) -> list[Place]:
     return found
 
 
+def head_place(network: nn.Module) -> Place | None:
+    """What the linear head of a network that `smoothing.swapped` gave reads, whatever it is."""
+    if not isinstance(network, fx.GraphModule):
+        return None
+    head = next(n for n in network.graph.nodes if n.op == "output").args[0]
+    if not isinstance(head, fx.Node) or not isinstance(called_module(head, network), nn.Linear):
+        return None
+    entry = head.args[0]
+    if not isinstance(entry, fx.Node):
+        return None
+    return Place(_ending(copy.deepcopy(network), entry.name), str(head.target), None, False)
+
+
+def at_head(seen: Observation, separated: Separated, place: Place) -> Activations:
+    """What a separated head says of the example's inputs and errors there."""
+    head = seen.state.params[f"{place.reader}.weight"].detach().double().cpu()
+    errors = separated.residuals @ head / len(separated.features)
+    lit = separated.features > 0 if place.rectified else torch.ones_like(errors)
+    return Activations(separated.features, errors * lit)
+
+
 def peel(
     seen: Observation, separated: Separated, chain: Sequence[Place]
 ) -> tuple[int, Activations]:
@@ -98,9 +121,7 @@ def peel(
     """
     values = {k: v.detach().double().cpu() for k, v in seen.update.values.items()}
     params = {k: v.detach().double().cpu() for k, v in seen.state.params.items()}
-    head = params[f"{chain[0].reader}.weight"]
-    features = separated.features
-    known = Activations(features, separated.residuals @ head / len(features) * (features > 0))
+    known = at_head(seen, separated, chain[0])
     shapes = _input_shapes(seen, [p.writer for p in chain if p.writer])
     for depth, place in enumerate(chain[:-1]):
         name = str(place.writer)  # only the last place may have none
@@ -264,11 +285,17 @@ def _cut(network: fx.GraphModule, relu: str, last: str) -> fx.GraphModule:
     """The network that ends, flattened, at node `last`, without the ReLU."""
     short = copy.deepcopy(network)
     nodes = {n.name: n for n in short.graph.nodes}
+    entry = nodes[relu].args[0]
+    nodes[relu].replace_all_uses_with(entry)
+    return _ending(short, entry.name if last == relu else last)
+
+
+def _ending(short: fx.GraphModule, last: str) -> fx.GraphModule:
+    """`short`, changed to end, flattened, at node `last`."""
+    nodes = {n.name: n for n in short.graph.nodes}
     output = next(n for n in short.graph.nodes if n.op == "output")
-    end = nodes[relu].args[0] if last == relu else nodes[last]
-    nodes[relu].replace_all_uses_with(nodes[relu].args[0])
     with short.graph.inserting_before(output):
-        output.args = (short.graph.call_function(torch.flatten, (end, 1)),)
+        output.args = (short.graph.call_function(torch.flatten, (nodes[last], 1)),)
     short.graph.eliminate_dead_code()
     short.delete_all_unused_submodules()
     short.recompile()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradleak.attacks.closed_form.disaggregate import disaggregate
 from gradleak.errors import NotApplicable
 from gradleak.types import Observation
 
@@ -75,17 +74,3 @@ def sign_counts(seen: Observation) -> Tensor:
         found.append(int(signal.argmin()))
         signal[found[-1]] += step
     return torch.tensor(sorted(found), dtype=torch.int64)
-
-
-def known_or_recovered(seen: Observation) -> Tensor:
-    """The labels granted, else the best rule for what is seen: (b,) int64.
-
-    `idlg` for one example; for more those of a head that separates, which are exact, else
-    `sign_counts`.
-    """
-    if seen.knowledge.labels is not None:
-        return seen.knowledge.labels
-    if seen.knowledge.batch_size == 1:
-        return idlg(seen)
-    separated = disaggregate(seen)
-    return sign_counts(seen) if isinstance(separated, str) else separated.labels

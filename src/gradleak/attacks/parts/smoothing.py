@@ -70,18 +70,31 @@ class SmoothMaxPool(Smooth):
         super().__init__()
         self.window = _pair(pool.kernel_size)
         self.stride, self.padding = _pair(pool.stride), _pair(pool.padding)
+        self.ceil = pool.ceil_mode
 
     def forward(self, a: Tensor) -> Tensor:
         sharp = self.sharpness
         if sharp is None:
-            return F.max_pool2d(a, self.window, self.stride, self.padding)
+            return F.max_pool2d(
+                a, self.window, self.stride, self.padding, ceil_mode=bool(self.ceil)
+            )
         down, across = self.padding
-        if down or across:
-            a = F.pad(a, (across, across, down, down), value=-1e3 * self.spread)
+        bottom, right = down + self._short(a, 0), across + self._short(a, 1)
+        if bottom or right:
+            a = F.pad(a, (across, right, down, bottom), value=-1e3 * self.spread)
         windows = a.unfold(2, self.window[0], self.stride[0])
         windows = windows.unfold(3, self.window[1], self.stride[1])
         out: Tensor = torch.logsumexp(sharp * windows.flatten(4), 4) / sharp
         return out
+
+    def _short(self, a: Tensor, axis: int) -> int:
+        """Entries that the last window lacks along an axis, where sizes are rounded up."""
+        stride, padding, size = self.stride[axis], self.padding[axis], a.shape[2 + axis]
+        left = (size + 2 * padding - self.window[axis]) % stride
+        if not self.ceil or left == 0:
+            return 0
+        starts_outside = size + 2 * padding - self.window[axis] - left + stride >= size + padding
+        return 0 if starts_outside else stride - left
 
 
 def swapped(model: nn.Module) -> nn.Module:
@@ -204,7 +217,7 @@ def _smooth_module(layer: nn.Module | None) -> Smooth | None:
             return SmoothReLU()
         case nn.LeakyReLU():
             return SmoothReLU(slope=layer.negative_slope)
-        case nn.MaxPool2d() if not layer.ceil_mode and not layer.return_indices:
+        case nn.MaxPool2d() if not layer.return_indices:
             return SmoothMaxPool(layer) if _pair(layer.dilation) == (1, 1) else None
     return None
 

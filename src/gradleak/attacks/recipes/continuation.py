@@ -11,10 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.attacks.closed_form.disaggregate import disaggregate
-from gradleak.attacks.closed_form.peel import Activations, Place, peel, places
+from gradleak.attacks.closed_form.peel import (
+    Activations,
+    Place,
+    at_head,
+    head_place,
+    peel,
+    places,
+)
 from gradleak.attacks.parts import smoothing
 from gradleak.attacks.parts.distances import direction_gap
-from gradleak.attacks.parts.labels import known_or_recovered
+from gradleak.attacks.parts.known_labels import known_or_recovered
 from gradleak.attacks.parts.lbfgs import lbfgs
 from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import Objective
@@ -52,7 +59,7 @@ class Continuation(Recipe):
         variation: c.
         restarts: independent starts; the objective chooses.
         tolerance: a network without kinks is solved at objective ≤ tolerance; an update rounded
-            to single precision leaves about 1e-14.
+            to single precision leaves about 6e-16.
     """
 
     steps: int = 1200
@@ -60,7 +67,7 @@ class Continuation(Recipe):
     smoothest: float = 4.0
     variation: float = 10.0
     restarts: int = 1
-    tolerance: float = 1e-13
+    tolerance: float = 1e-15
 
     about: ClassVar[About] = About(
         id="continuation",
@@ -100,24 +107,39 @@ class Continuation(Recipe):
         fit = objective.fit
         network = smoothing.swapped(fit.state.model)
         smoothing.measure(network, fit.state, objective.unknown.spec)
-        if not smoothing.kinked(network):
-            solved = [self.tolerance] * len(fit.received)
-            found = lbfgs(objective, start, steps=self.steps, solved=solved)
-            return _in_the_box(found, objective)
-        chain = places(network)
-        known = [_peeled(o, chain) for o in fit.seen]
+        head, chain = head_place(network), places(network)
+        known = [_known(o, head, chain) for o in fit.seen]
         groups: dict[int, list[int]] = {}
         for trial, target in enumerate(objective.targets):
-            groups.setdefault(known[target][0], []).append(trial)
+            groups.setdefault(id(known[target].place), []).append(trial)
         parts = []
-        for depth, trials in groups.items():
+        for trials in groups.values():
             part = replace(objective, targets=tuple(objective.targets[t] for t in trials))
+            place = known[part.targets[0]].place
             path = _Path(network, self.variation)
-            if depth >= 0:
-                here = [k if d == depth else None for d, k in known]
-                path = _KnownPath(chain[depth].below, self.variation, here)
-            parts.append((trials, self._follow(path, part, _rows(start, trials))))
+            if place is not None:
+                here = [k.activations if k.place is place else None for k in known]
+                path = _KnownPath(place.below, self.variation, place.rectified, here)
+            follow = self._follow if smoothing.kinked(network) else self._solve
+            parts.append((trials, follow(path, part, _rows(start, trials))))
         return _joined(parts, start)
+
+    def _solve(self, path: _Path, objective: Objective, start: Variables) -> Search:
+        """One search of a network without kinks, begun at what is known of its activations."""
+        known = [True, False] if isinstance(path, _KnownPath) else [False]
+        steps = round(self.steps * (1 + math.log2(objective.unknown.batch_size)) / len(known))
+        best = last = Search(start, torch.full((len(objective.targets),), math.inf), [], [])
+        for stage, at_place in enumerate(known):
+
+            def told(share: float, stage: int = stage) -> None:
+                objective.progress((stage + share) / len(known))
+
+            part = replace(objective, progress=told)
+            part = path.at(math.inf, part) if at_place else part
+            solved = [self.tolerance] * len(objective.fit.received)
+            last = lbfgs(part, last.variables, steps=max(1, steps), solved=solved)
+            best = _better(best, _in_the_box(last, objective))
+        return best
 
     def _follow(self, path: _Path, objective: Objective, start: Variables) -> Search:
         """L-BFGS at every β in turn; per trial, the stage that the network explains best."""
@@ -156,10 +178,11 @@ class _Path:
 class _KnownPath(_Path):
     """The same up to a place whose activations and errors are known example by example.
 
-    Here `network` ends before the ReLU of that place. The client's gradient below is that of the
-    inner product of what enters it with the known cotangents.
+    Here `network` ends at that place, before its ReLU if it has one. The client's gradient below
+    is that of the inner product of the network's outputs with the known cotangents.
     """
 
+    rectified: bool
     known: Sequence[Activations | None]
 
     def at(self, beta: float, objective: Objective) -> Objective:
@@ -168,17 +191,20 @@ class _KnownPath(_Path):
         state = ModelState(
             model, {k: v for k, v in whole.params.items() if k in own}, whole.buffers
         )
+        believed = objective.fit.mechanism
+        mode = believed.batch_norm if isinstance(believed, FedSGD) else "eval"
+        client = FedSGD(batch_norm=mode, loss=_inner_product)
         like = next(iter(whole.params.values()))
         blank = torch.zeros_like(next(k for k in self.known if k is not None).features)
-        features = [(blank if k is None else k.features).to(like) for k in self.known]
+        wanted = torch.stack([(blank if k is None else k.features).to(like) for k in self.known])
         cotangents = [(blank if k is None else k.cotangents).to(like) for k in self.known]
         return replace(
             objective,
             unknown=replace(objective.unknown, labels=torch.stack(cotangents)),
-            fit=objective.fit.through(state, mechanism=FedSGD(loss=_inner_product)),
+            fit=objective.fit.through(state, mechanism=client),
             penalties=(
                 (self.variation / beta**2, squared_variation),
-                (1.0, _features_penalty(state, torch.stack(features))),
+                (1.0, _features_penalty(template(model, mode), state, wanted, self.rectified)),
             ),
         )
 
@@ -187,30 +213,47 @@ def _inner_product(outputs: Tensor, cotangents: Tensor) -> Tensor:
     return (outputs * cotangents).sum()
 
 
-def _features_penalty(state: ModelState, features: Tensor) -> Penalty:
-    """‖relu(a) − h‖² / ‖h‖² where h is active, and of relu(a) where it is not.
+def _features_penalty(
+    model: nn.Module, state: ModelState, features: Tensor, rectified: bool
+) -> Penalty:
+    """‖a − h‖² / ‖h‖²; of a rectified place only relu(a) counts where h is inactive.
 
     Args:
-        state: network that ends in the pre-activations a.
+        model: ends in a.
+        state: its numbers.
         features: (targets, b, width) h.
+        rectified: whether h = relu(a).
     """
-    model = template(state.model, "eval")
 
     def penalty(inputs: Tensor, targets: Sequence[int]) -> Tensor:
         numbers = (dict(state.params), own_buffers(model, state))
         flat = torch.func.functional_call(model, numbers, (inputs.flatten(0, 1),))
         wanted = features[list(targets)]
-        reached = flat.reshape(wanted.shape)
-        gap = torch.where(wanted > 0, reached - wanted, reached.clamp(min=0))
-        return (gap**2).sum((1, 2)) / (wanted**2).sum((1, 2))
+        gap = flat.reshape(wanted.shape) - wanted
+        if rectified:
+            gap = torch.where(wanted > 0, gap, gap.clamp(min=0))
+        total: Tensor = (gap**2).sum((1, 2)) / (wanted**2).sum((1, 2))
+        return total
 
     return penalty
 
 
-def _peeled(seen: Observation, chain: Sequence[Place]) -> tuple[int, Activations | None]:
-    """Index in `chain` of the deepest place known, and what is known there; (-1, None) if none."""
-    separated = disaggregate(seen) if chain else "no place to know anything at"
-    return (-1, None) if isinstance(separated, str) else peel(seen, separated, chain)
+@dataclass(frozen=True)
+class _Known:
+    """The deepest place where every example is known, and what is known there; none of both."""
+
+    place: Place | None = None
+    activations: Activations | None = None
+
+
+def _known(seen: Observation, head: Place | None, chain: Sequence[Place]) -> _Known:
+    separated = disaggregate(seen) if head is not None else "no linear head"
+    if head is None or isinstance(separated, str):
+        return _Known()
+    if separated.rectified and chain:
+        depth, activations = peel(seen, separated, chain)
+        return _Known(chain[depth], activations)
+    return _Known(head, at_head(seen, separated, head))
 
 
 def _in_the_box(found: Search, objective: Objective) -> Search:

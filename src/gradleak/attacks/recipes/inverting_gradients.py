@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from gradleak.attacks.parts.distances import cosine
-from gradleak.attacks.parts.labels import known_or_recovered
+from gradleak.attacks.parts.known_labels import known_or_recovered
 from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import Objective
 from gradleak.attacks.parts.penalties import Penalty, batch_norm_penalty, total_variation
