@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -33,6 +34,8 @@ from gradleak.mechanisms import FedSGD
 from gradleak.mechanisms.client import own_buffers, template
 from gradleak.types import About, Fact, ModelState, Observation, Status
 
+Stage = Callable[[Objective], Objective]
+
 
 @dataclass(frozen=True)
 class Continuation(Recipe):
@@ -47,9 +50,10 @@ class Continuation(Recipe):
         keep the stage that the network itself, without smoothing, explains best
 
     g_β is the gradient through log(1 + exp(s a))/s in place of relu(a), s = β over the spread of a.
-    A network without kinks needs no path: one search, no prior. Where the head's gradient
-    separates into its examples, layers below it are peeled off as far as the update determines
-    them, and each x_i has to reproduce its own activations at the deepest place known.
+    Where the head's gradient separates into its examples, layers below it are peeled off as far as
+    the update determines them, and each x_i has to reproduce its own activations at the deepest
+    place known. A network without kinks needs no path and no prior: what is known at the head
+    first, then the whole update.
 
     Args:
         steps: accepted L-BFGS steps per restart, over all stages; 1 + log₂ b times as many for a
@@ -120,40 +124,29 @@ class Continuation(Recipe):
             if place is not None:
                 here = [k.activations if k.place is place else None for k in known]
                 path = _KnownPath(place.below, self.variation, place.rectified, here)
-            follow = self._follow if smoothing.kinked(network) else self._solve
-            parts.append((trials, follow(path, part, _rows(start, trials))))
+            stages = self._stages(path, whole=not smoothing.kinked(network))
+            parts.append((trials, self._follow(stages, part, _rows(start, trials))))
         return _joined(parts, start)
 
-    def _solve(self, path: _Path, objective: Objective, start: Variables) -> Search:
-        """One search of a network without kinks, begun at what is known of its activations."""
-        known = [True, False] if isinstance(path, _KnownPath) else [False]
-        steps = round(self.steps * (1 + math.log2(objective.unknown.batch_size)) / len(known))
+    def _stages(self, path: _Path, *, whole: bool) -> list[Stage]:
+        """Objectives to minimise in turn: along β, or else at the place and then of the update."""
+        if smoothing.kinked(path.network):
+            return [partial(path.at, self.smoothest * 2**k) for k in range(self.stages)]
+        known: list[Stage] = [partial(path.at, math.inf)] if isinstance(path, _KnownPath) else []
+        return [*known, lambda objective: objective] if whole else known
+
+    def _follow(self, stages: Sequence[Stage], objective: Objective, start: Variables) -> Search:
+        """L-BFGS on every stage in turn; per trial, the end that the network explains best."""
+        steps = round(self.steps * (1 + math.log2(objective.unknown.batch_size)) / len(stages))
+        solved = [self.tolerance] * len(objective.fit.received)
         best = last = Search(start, torch.full((len(objective.targets),), math.inf), [], [])
-        for stage, at_place in enumerate(known):
+        for number, stage in enumerate(stages):
 
-            def told(share: float, stage: int = stage) -> None:
-                objective.progress((stage + share) / len(known))
+            def told(share: float, number: int = number) -> None:
+                objective.progress((number + share) / len(stages))
 
-            part = replace(objective, progress=told)
-            part = path.at(math.inf, part) if at_place else part
-            solved = [self.tolerance] * len(objective.fit.received)
-            last = lbfgs(part, last.variables, steps=max(1, steps), solved=solved)
-            best = _better(best, _in_the_box(last, objective))
-        return best
-
-    def _follow(self, path: _Path, objective: Objective, start: Variables) -> Search:
-        """L-BFGS at every β in turn; per trial, the stage that the network explains best."""
-        stages = self.stages if smoothing.kinked(path.network) else 1
-        steps = round(self.steps * (1 + math.log2(objective.unknown.batch_size)) / stages)
-        best = last = Search(start, torch.full((len(objective.targets),), math.inf), [], [])
-        for stage in range(stages):
-
-            def told(share: float, stage: int = stage) -> None:
-                objective.progress((stage + share) / stages)
-
-            beta = self.smoothest * 2**stage if stages > 1 else math.inf
-            smooth = path.at(beta, replace(objective, progress=told))
-            last = lbfgs(smooth, last.variables, steps=max(1, steps))
+            wanted = stage(replace(objective, progress=told))
+            last = lbfgs(wanted, last.variables, steps=max(1, steps), solved=solved)
             best = _better(best, _in_the_box(last, objective))
         return best
 
