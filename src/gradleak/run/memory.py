@@ -19,6 +19,7 @@ from typing import cast
 import torch
 
 from gradleak.attacks.parts import memory
+from gradleak.attacks.parts.fast.fit import KEPT_COORDINATES
 from gradleak.attacks.recipe import Recipe
 from gradleak.defenses import undefended
 from gradleak.errors import InvalidInput
@@ -85,7 +86,8 @@ def needed(
     parameters = sum(p.numel() for p in state.params.values())
     variables = batch_size * (torch.Size(spec.shape).numel() + spec.classes)
     updates = (targets + 3) * parameters * (4 + width)
-    fixed = _BASE + data + updates + trials * copies * variables * width
+    beside = min(trials * parameters, KEPT_COORDINATES) * width if trials > 1 else 0
+    fixed = _BASE + data + updates + beside + trials * copies * variables * width
     step = _step(
         cast(Hashable, undefended(client)), state.model, spec, batch_size, search is not None
     )

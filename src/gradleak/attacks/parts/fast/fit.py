@@ -28,7 +28,8 @@ from gradleak.types import ModelState
 if TYPE_CHECKING:
     from gradleak.attacks.parts.matching import Matching
 
-_KEPT_COORDINATES = 100_000_000
+KEPT_COORDINATES = 400_000_000
+"""Numbers of received updates that are kept side by side for steps to come."""
 _WORTH_PACKING = 1_000_000
 _FEW_TRIALS = 8
 
@@ -132,7 +133,7 @@ class FastFit:
         if targets not in self._groups:
             held = sum(len(group) for group in self._groups) + len(targets)
             size = sum(v.numel() for v in self.received[0].values())
-            if held * size > _KEPT_COORDINATES:
+            if held * size > KEPT_COORDINATES:
                 self._groups.clear()
             self._groups[targets] = Received(self.received, targets)
         return self._groups[targets]
