@@ -58,7 +58,6 @@ def test_a_network_without_kinks_is_solved_without_a_path() -> None:
     assert gl.metrics.psnr_db(claim.batch, truth) > 50
 
 
-@pytest.mark.slow
 def test_two_examples_of_one_class_are_told_apart() -> None:
     """Labels unknown. Without separated features both become their mean, far below 20 dB."""
     digits = load("digits")
