@@ -75,8 +75,7 @@ def places(network: nn.Module) -> list[Place]:
     if not isinstance(network, fx.GraphModule):
         return []
     found: list[Place] = []
-    output = next(n for n in network.graph.nodes if n.op == "output")
-    reader = output.args[0]
+    reader = _output(network).args[0]
     while isinstance(reader, fx.Node) and _linear(called_module(reader, network)):
         place = _place(network, reader)
         if place is None:
@@ -92,7 +91,7 @@ def head_place(network: nn.Module) -> Place | None:
     """What the linear head of a network that `smoothing.swapped` gave reads, whatever it is."""
     if not isinstance(network, fx.GraphModule):
         return None
-    head = next(n for n in network.graph.nodes if n.op == "output").args[0]
+    head = _output(network).args[0]
     if not isinstance(head, fx.Node) or not isinstance(called_module(head, network), nn.Linear):
         return None
     entry = head.args[0]
@@ -103,7 +102,7 @@ def head_place(network: nn.Module) -> Place | None:
 
 def at_head(seen: Observation, separated: Separated, place: Place) -> Activations:
     """What a separated head says of the example's inputs and errors there."""
-    head = seen.state.params[f"{place.reader}.weight"].detach().double().cpu()
+    head = _double(seen.state.params[f"{place.reader}.weight"])
     errors = separated.residuals @ head / len(separated.features)
     lit = separated.features > 0 if place.rectified else torch.ones_like(errors)
     return Activations(separated.features, errors * lit)
@@ -119,22 +118,26 @@ def peel(
         separated: its head, example by example.
         chain: as `places` gives it; not empty.
     """
-    values = {k: v.detach().double().cpu() for k, v in seen.update.values.items()}
-    params = {k: v.detach().double().cpu() for k, v in seen.state.params.items()}
+    values, params = seen.update.values, seen.state.params
     known = at_head(seen, separated, chain[0])
     shapes = _input_shapes(seen, [p.writer for p in chain if p.writer])
     for depth, place in enumerate(chain[:-1]):
         name = str(place.writer)  # only the last place may have none
-        gradient, weight = values.get(f"{name}.weight"), params.get(f"{name}.weight")
-        if gradient is None or weight is None:
+        if f"{name}.weight" not in params:
             return depth, known
         layer = chain[0].below.get_submodule(name)
-        problem = _Layer(layer, weight, params.get(f"{name}.bias"), gradient, shapes[name])
+        weight, gradient = (_double(of[f"{name}.weight"]) for of in (params, values))
+        bias = _double(params[f"{name}.bias"]) if f"{name}.bias" in params else None
+        problem = _Layer(layer, weight, bias, gradient, shapes[name])
         deeper = problem.inputs(known)
         if deeper is None:
             return depth, known
         known = deeper
     return len(chain) - 1, known
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.detach().double().cpu()
 
 
 class _Layer:
@@ -244,6 +247,11 @@ def conjugate_gradients(
     return a, left[0]
 
 
+def _output(network: fx.GraphModule) -> fx.Node:
+    found: fx.Node = next(n for n in network.graph.nodes if n.op == "output")
+    return found
+
+
 def _linear(layer: nn.Module | None) -> bool:
     if isinstance(layer, nn.Conv2d):
         return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
@@ -293,7 +301,7 @@ def _cut(network: fx.GraphModule, relu: str, last: str) -> fx.GraphModule:
 def _ending(short: fx.GraphModule, last: str) -> fx.GraphModule:
     """`short`, changed to end, flattened, at node `last`."""
     nodes = {n.name: n for n in short.graph.nodes}
-    output = next(n for n in short.graph.nodes if n.op == "output")
+    output = _output(short)
     with short.graph.inserting_before(output):
         output.args = (short.graph.call_function(torch.flatten, (nodes[last], 1)),)
     short.graph.eliminate_dead_code()

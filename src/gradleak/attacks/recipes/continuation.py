@@ -102,9 +102,9 @@ class Continuation(Recipe):
                 boxed=False,
                 mean=0.5,
                 std=0.05,
-                dtype=torch.float64,
+                dtype=self.dtype,
             ),
-            fit=Matching(seen, direction_gap, dtype=torch.float64),
+            fit=Matching(seen, direction_gap, dtype=self.dtype),
         )
 
     def search(self, objective: Objective, start: Variables) -> Search:

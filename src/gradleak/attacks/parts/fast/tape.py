@@ -196,12 +196,9 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Rule:
-    if weight is None:
-        raise Unsupported("a trained bias on a fixed weight")
-    names = tape.claim(weight, bias)
     unit = F.layer_norm(input, list(normalized_shape), None, None, eps)
     kept = range(input.ndim - len(normalized_shape), input.ndim)
-    return ScaleRule(unit, weight, bias, names, tape.received, kept=kept)
+    return _scaled(tape, unit, weight, bias, kept)
 
 
 def _group_norm(
@@ -212,11 +209,18 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Rule:
+    unit = F.group_norm(input, num_groups, None, None, eps)
+    return _scaled(tape, unit, weight, bias, (1,))
+
+
+def _scaled(
+    tape: Tape, unit: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Sequence[int]
+) -> Rule:
+    """Scale and shift of normalised values along the axes `kept`."""
     if weight is None:
         raise Unsupported("a trained bias on a fixed weight")
     names = tape.claim(weight, bias)
-    unit = F.group_norm(input, num_groups, None, None, eps)
-    return ScaleRule(unit, weight, bias, names, tape.received, kept=(1,))
+    return ScaleRule(unit, weight, bias, names, tape.received, kept=kept)
 
 
 def _add(tape: Tape, input: Tensor, other: Tensor, *, alpha: float = 1) -> Rule:
