@@ -27,9 +27,10 @@ Matrix = NDArray[np.float64]
 
 _TRIES = 3
 _SPREAD = 0.1
-_EVALUATIONS = 3000
+_EVALUATIONS = 300
 _EXPLAINED = 1e-5
 _RANK = 1e-10
+_ROUNDING = 1e-4
 _SINGULAR = 1e3
 _PRECISE = {"xtol": 1e-15, "ftol": 1e-15, "gtol": 1e-15}
 
@@ -54,18 +55,23 @@ def factored(
     left, strengths, _ = np.linalg.svd(gradient, full_matrices=False)
     for labels in candidates:
         size = len(labels)
-        if strengths[size - 1] <= _RANK * strengths[0]:
+        if strengths[size - 1] <= _RANK * strengths[0] or (
+            len(strengths) > size and strengths[size] > _ROUNDING * strengths[0]
+        ):
             return None
         basis = left[:, :size].T
         projected = basis @ gradient
         wanted = np.eye(len(gradient))[labels]
-        gaps = partial(_gaps, basis, projected @ weight.T, wanted, bias, bias_gradient)
+        parts = (basis, projected @ weight.T, wanted, bias, bias_gradient)
+        gaps, slopes = partial(_gaps, *parts), partial(_slopes, *parts)
         for _ in range(_TRIES):
             guess = softmax(bias + _SPREAD * source.standard_normal((size, len(bias))), axis=1)
             start = guess - wanted
             start += bias_gradient - start.mean(0)
             flat = (start @ basis.T).ravel()
-            found = least_squares(gaps, flat, method="lm", max_nfev=_EVALUATIONS, **_PRECISE)
+            found = least_squares(
+                gaps, flat, jac=slopes, method="lm", max_nfev=_EVALUATIONS, **_PRECISE
+            )
             if np.linalg.norm(found.fun) > _EXPLAINED:
                 continue
             mixing = found.x.reshape(size, size)
@@ -88,3 +94,22 @@ def _gaps(
     residuals = mixing @ basis
     own = residuals + wanted - softmax(size * inverse @ logits + bias, axis=1)
     return np.concatenate([own.ravel(), size * (residuals.mean(0) - mean)])
+
+
+def _slopes(
+    basis: Matrix, logits: Matrix, wanted: Matrix, bias: Matrix, mean: Matrix, flat: Matrix
+) -> Matrix:
+    """The Jacobian of `_gaps`: dM⁻ᵀ = −M⁻ᵀ dMᵀ M⁻ᵀ and d softmax = (diag p − p pᵀ) d logits."""
+    size, classes = len(basis), len(bias)
+    try:
+        inverse = np.linalg.inv(flat.reshape(size, size)).T
+    except np.linalg.LinAlgError:
+        return np.zeros(((size + 1) * classes, size * size))
+    implied = inverse @ logits
+    shares = softmax(size * implied + bias, axis=1)
+    centred = implied - (shares @ implied.T)[:, :, None]
+    through = shares[:, None] * centred
+    own = size * np.einsum("kj,kic->kcij", inverse, through)
+    own[range(size), :, range(size)] += basis.T
+    whole = np.broadcast_to(basis.T[:, None], (classes, size, size))
+    return np.concatenate([own.reshape(-1, size * size), whole.reshape(classes, -1)])
