@@ -191,13 +191,18 @@ class _KnownPath(_Path):
         blank = torch.zeros_like(next(k for k in self.known if k is not None).features)
         wanted = torch.stack([(blank if k is None else k.features).to(like) for k in self.known])
         cotangents = [(blank if k is None else k.cotangents).to(like) for k in self.known]
+        spec = objective.unknown.spec
+        grey = torch.full((1, *spec.shape), sum(spec.bounds) / 2).to(like)
         return replace(
             objective,
             unknown=replace(objective.unknown, labels=torch.stack(cotangents)),
             fit=objective.fit.through(state, mechanism=client),
             penalties=(
                 (self.variation / beta**2, squared_variation),
-                (1.0, _features_penalty(template(model, mode), state, wanted, self.rectified)),
+                (
+                    1.0,
+                    _features_penalty(template(model, mode), state, wanted, self.rectified, grey),
+                ),
             ),
         )
 
@@ -207,26 +212,33 @@ def _inner_product(outputs: Tensor, cotangents: Tensor) -> Tensor:
 
 
 def _features_penalty(
-    model: nn.Module, state: ModelState, features: Tensor, rectified: bool
+    model: nn.Module, state: ModelState, features: Tensor, rectified: bool, grey: Tensor
 ) -> Penalty:
-    """‖a − h‖² / ‖h‖²; of a rectified place only relu(a) counts where h is inactive.
+    """‖a − h‖² as a share of what grey images leave; where h is inactive only relu(a) counts.
 
     Args:
         model: ends in a.
         state: its numbers.
         features: (targets, b, width) h.
         rectified: whether h = relu(a).
+        grey: (1, *shape) an image.
     """
+    numbers = (dict(state.params), own_buffers(model, state))
+
+    def gap(inputs: Tensor, wanted: Tensor) -> Tensor:
+        reached = torch.func.functional_call(model, numbers, (inputs,)).flatten(1)
+        gaps = reached.reshape(-1, *wanted.shape[1:]) - wanted
+        if rectified:
+            gaps = torch.where(wanted > 0, gaps, gaps.clamp(min=0))
+        total: Tensor = (gaps**2).sum((1, 2))
+        return total
+
+    with torch.no_grad():
+        whole = gap(grey.expand(features.shape[1], *grey.shape[1:]), features)
 
     def penalty(inputs: Tensor, targets: Sequence[int]) -> Tensor:
-        numbers = (dict(state.params), own_buffers(model, state))
-        flat = torch.func.functional_call(model, numbers, (inputs.flatten(0, 1),))
-        wanted = features[list(targets)]
-        gap = flat.reshape(wanted.shape) - wanted
-        if rectified:
-            gap = torch.where(wanted > 0, gap, gap.clamp(min=0))
-        total: Tensor = (gap**2).sum((1, 2)) / (wanted**2).sum((1, 2))
-        return total
+        chosen = list(targets)
+        return gap(inputs.flatten(0, 1), features[chosen]) / whole[chosen]
 
     return penalty
 

@@ -1,7 +1,8 @@
 """Whether the closed forms cover a network, settled by trying them once per structure.
 
 Every use of a parameter needs a rule, and value and gradient must agree with plain double backward
-in float64 on random images, labels and updates. What was found holds for every network of the same
+on random images, labels and updates: in the precision of the search, which needs no second copy of
+the network, or else in float64. What was found holds for every network of the same
 structure in this process: same modules with the same settings and shapes, whatever the weights.
 """
 
@@ -22,7 +23,8 @@ from gradleak.mechanisms.client import template
 from gradleak.mechanisms.fedsgd import FedSGD
 from gradleak.types import DataSpec, ModelState
 
-_AGREEMENT = 1e-7
+_AGREEMENT = {torch.float32: 1e-4, torch.float64: 1e-7}
+_APART = 13
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _NAMED = (type, types.FunctionType, types.BuiltinFunctionType)
 
@@ -50,37 +52,55 @@ def _give_memory_back() -> None:
 
 
 def agrees(plain: PlainFit, together: Together, spec: DataSpec, size: int) -> bool:
-    """Compare with plain double backward in float64.
+    """Compare with plain double backward.
 
     Args:
         plain: the fit in question.
         together: the fast form of the same.
         spec: of the data.
-        size: images per trial.
+        size: images per trial; two stand for more.
     """
-    state = plain.state.to(torch.float64)
+    own = next(iter(plain.state.params.values())).dtype
+    precisions = [torch.float64, *([torch.float32] if own == torch.float32 else [])]
+    return any(_agrees_in(p, plain, together, spec, size) for p in reversed(precisions))
+
+
+def _agrees_in(
+    precision: torch.dtype, plain: PlainFit, together: Together, spec: DataSpec, size: int
+) -> bool:
+    state = plain.state.to(precision)
+    close = _AGREEMENT[precision]
     device = next(iter(state.params.values())).device
     stream = torch.Generator().manual_seed(0)
-    received = {
-        k: torch.randn(v.shape, generator=stream, dtype=torch.float64).to(device)
-        for k, v in state.params.items()
-    }
+    received = {k: _update(v, stream) for k, v in state.params.items()}
+    inputs = _images(spec, min(size, 2), stream).to(device, precision)
     reference = PlainFit(plain.mechanism, state, plain.distance, [received])
-    inputs = _images(spec, size, stream).to(device)
     outputs = torch.randn(2, *reference.outputs(inputs[0]).shape, generator=stream)
     labels = outputs.to(inputs).softmax(-1)
     wanted = [reference.evaluate(inputs[t], labels[t], 0, (True, True)) for t in range(2)]
     del reference
+    _give_memory_back()
     values, gradients = together(state, received)(inputs, labels, (True, True))
     for t, (value, slopes) in enumerate(wanted):
-        if not torch.allclose(values[t], value, rtol=_AGREEMENT, atol=0):
+        if not torch.allclose(values[t], value, rtol=close, atol=0):
             return False
         for g, w in zip(gradients, slopes, strict=True):
             if g is None or w is None:
                 return False
-            if not float((g[t] - w).norm()) <= _AGREEMENT * float(w.norm()):
+            if not float((g[t] - w).norm()) <= close * float(w.norm()):
                 return False
     return True
+
+
+def _update(like: Tensor, stream: torch.Generator) -> Tensor:
+    """Random numbers of this shape, most of them several times over, in little memory."""
+    strides = [1]
+    for side in reversed(like.shape[1:]):
+        strides.append(strides[-1] + min(side, _APART))
+    strides = strides[: like.ndim][::-1]
+    span = sum(s * (n - 1) for s, n in zip(strides, like.shape, strict=True)) + 1
+    numbers = torch.randn(span, generator=stream, dtype=like.dtype) / like.numel() ** 0.5
+    return numbers.to(like.device).as_strided(like.shape, strides)
 
 
 def structure(state: ModelState, client: FedSGD) -> Hashable | None:
