@@ -116,13 +116,14 @@ class Objective:
 def calibrated(objective: Objective, variables: Variables) -> Engine:
     """Measure which engine is cheaper per trial, in CPU seconds, on these very variables.
 
-    A lone trial is settled by the size of the network instead, so that equal calls give equal bits:
-    closed forms pay there on large networks only.
+    Closed forms always win on large networks, where measuring would cost many seconds. A lone
+    trial is not measured either, so that equal calls give equal bits.
     """
     trials = list(range(len(objective.targets)))
+    if objective.fit.parameters >= _LARGE and objective.fit.fast is not None:
+        return "fast"
     if len(trials) == 1:
-        large = objective.fit.parameters >= _LARGE
-        return "fast" if large and objective.fit.fast is not None else "loop"
+        return "loop"
 
     def seconds(engine: Engine) -> float:
         candidate = replace(objective, engine=engine)

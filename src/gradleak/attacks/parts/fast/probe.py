@@ -100,7 +100,7 @@ def _update(like: Tensor, stream: torch.Generator) -> Tensor:
     strides = strides[: like.ndim][::-1]
     span = sum(s * (n - 1) for s, n in zip(strides, like.shape, strict=True)) + 1
     numbers = torch.randn(span, generator=stream, dtype=like.dtype) / like.numel() ** 0.5
-    return numbers.to(like.device).as_strided(like.shape, strides)
+    return torch.as_strided(numbers.to(like.device), like.shape, strides)
 
 
 def structure(state: ModelState, client: FedSGD) -> Hashable | None:
