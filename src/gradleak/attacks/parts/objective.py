@@ -25,7 +25,7 @@ from gradleak.types import Batch
 Engine = Literal["auto", "fast", "vmap", "loop"]
 
 _STACKED_COORDINATES = 100_000_000
-_FAST_COORDINATES = 50_000_000
+_FAST_COORDINATES = 200_000_000
 _FAST_TRIALS = 64
 _ADVANTAGE = 1.1
 _LOOPED = 2
