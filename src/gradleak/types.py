@@ -9,7 +9,7 @@ module knows the truth: an `Observation` holds what an attacker may use, and not
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
@@ -167,6 +167,23 @@ def cast(values: Mapping[str, Tensor], target: torch.dtype | torch.device) -> di
     return {k: v.to(target) if v.is_floating_point() else v for k, v in values.items()}
 
 
+Density = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
+"""(centre, update) -> −log p(update | centre) in nats, 0-dim, differentiable in the centre."""
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """p(update | state, batch) = exp(−density(centre.mean(state, batch), update)).
+
+    Attributes:
+        centre: a deterministic mechanism.
+        density: of updates around what `centre` sends.
+    """
+
+    centre: Mechanism
+    density: Density
+
+
 class Mechanism(Protocol):
     """p(update | state, batch): local training and protection as one randomised map.
 
@@ -207,12 +224,16 @@ class Mechanism(Protocol):
         """The average gradient that `update` amounts to (a delta divided by −lr · steps)."""
         ...
 
-    def log_prob(self, update: Update, state: ModelState, batch: Batch) -> Tensor:
-        """Log-density of `update` in nats, 0-dimensional.
+    def likelihood(self, *, batch_size: int) -> Likelihood:
+        """The density of what is sent for a batch of this size.
 
         Raises:
             IntractableLikelihood: the mechanism is deterministic, or its density has no exact form.
         """
+        ...
+
+    def log_prob(self, update: Update, state: ModelState, batch: Batch) -> Tensor:
+        """Log-density of `update` in nats, 0-dimensional; raises as `likelihood` does."""
         ...
 
 

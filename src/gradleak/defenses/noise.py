@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradleak.defenses.wrapped import Wrapped, difference, norm
+from gradleak.defenses.wrapped import Noise, Wrapped, difference, noised, norm
 from gradleak.errors import IntractableLikelihood, InvalidInput
 from gradleak.seeding import normal
-from gradleak.types import Batch, Mechanism, ModelState, Update
+from gradleak.types import Batch, Likelihood, Mechanism, ModelState, Update
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class AdditiveNoise(ABC):
 
     @abstractmethod
     def log_density(self, residual: Tensor) -> Tensor:
-        """Log-density of one tensor of noise, in nats."""
+        """Log-density of noise at every coordinate, in nats."""
 
     def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
         n = sum(v.numel() for v in after.values.values())
@@ -70,7 +70,7 @@ class GaussianNoise(AdditiveNoise):
 
     def log_density(self, residual: Tensor) -> Tensor:
         constant = math.log(self.std) + 0.5 * math.log(2 * math.pi)
-        return -((residual / self.std) ** 2).sum() / 2 - residual.numel() * constant
+        return -((residual / self.std) ** 2) / 2 - constant
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class LaplaceNoise(AdditiveNoise):
         return (-self.scale * uniform.sign() * tail).to(like)
 
     def log_density(self, residual: Tensor) -> Tensor:
-        return -residual.abs().sum() / self.scale - residual.numel() * math.log(2 * self.scale)
+        return -residual.abs() / self.scale - math.log(2 * self.scale)
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,10 @@ class _Noised(Wrapped):
         noisy = {k: v + self.rule.draw(v, generator) for k, v in clean.values.items()}
         return Update(noisy, clean.kind)
 
-    def log_prob(self, update: Update, state: ModelState, batch: Batch) -> Tensor:
-        if not self.inner.deterministic:
-            raise IntractableLikelihood(f"{self.rule.id} on a random update: no exact density")
-        mean = self.inner.mean(state, batch).values
-        terms = [self.rule.log_density(update.values[k] - mean[k]) for k in mean]
-        return torch.stack(terms).sum()
+    def likelihood(self, *, batch_size: int) -> Likelihood:
+        return noised(self.inner, self.rule)
+
+    def noised(self, noise: Noise) -> Likelihood:
+        if isinstance(noise, GaussianNoise) and isinstance(self.rule, GaussianNoise):
+            return noised(self.inner, GaussianNoise(math.hypot(noise.std, self.rule.std)))
+        raise IntractableLikelihood("two kinds of noise on one update: no exact density")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gradleak.errors import IntractableLikelihood
-from gradleak.types import Batch, Mechanism, ModelState, Update, UpdateKind
+from gradleak.mechanisms.likelihood import Likely
+from gradleak.types import Batch, Likelihood, Mechanism, ModelState, Update, UpdateKind
 
 
 class Defense(Protocol):
@@ -31,8 +32,40 @@ class Defense(Protocol):
         ...
 
 
+class Noise(Protocol):
+    """The law of independent noise on every coordinate."""
+
+    def log_density(self, residual: Tensor) -> Tensor:
+        """Log-density of noise at every coordinate, in nats, shaped as `residual`."""
+        ...
+
+
 @dataclass(frozen=True)
-class Wrapped:
+class Around:
+    """−log p of noise added to the centre: Σ_j −log n(u_j − c_j)."""
+
+    noise: Noise
+
+    def __call__(self, centre: Mapping[str, Tensor], update: Mapping[str, Tensor]) -> Tensor:
+        terms = [self.noise.log_density(update[k] - c).sum() for k, c in centre.items()]
+        return -torch.stack(terms).sum()
+
+
+def noised(mechanism: Mechanism, noise: Noise) -> Likelihood:
+    """The likelihood of what `mechanism` sends, plus noise.
+
+    Raises:
+        IntractableLikelihood: `mechanism` is random in a way that noise does not smooth exactly.
+    """
+    if mechanism.deterministic:
+        return Likelihood(mechanism, Around(noise))
+    if isinstance(mechanism, Wrapped):
+        return mechanism.noised(noise)
+    raise IntractableLikelihood(f"noise on a random {type(mechanism).__name__}: no exact density")
+
+
+@dataclass(frozen=True)
+class Wrapped(Likely):
     """A mechanism around another one: a layer of the onion, put there by `rule`."""
 
     inner: Mechanism
@@ -52,8 +85,12 @@ class Wrapped:
     def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
         return self.inner.predict(received, state, batch)
 
-    def log_prob(self, update: Update, state: ModelState, batch: Batch) -> Tensor:
-        raise IntractableLikelihood(f"{type(self).__name__}: no exact density is known")
+    def likelihood(self, *, batch_size: int) -> Likelihood:
+        raise IntractableLikelihood(f"{self.rule.id}: no exact density is known")
+
+    def noised(self, noise: Noise) -> Likelihood:
+        """The likelihood of what this random mechanism sends, plus noise."""
+        raise IntractableLikelihood(f"noise on a random {self.rule.id}: no exact density")
 
 
 class UpdateMap(Defense, Protocol):

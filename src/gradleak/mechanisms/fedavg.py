@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gradleak.errors import IntractableLikelihood, InvalidInput
 from gradleak.mechanisms.client import BatchNormMode, Loss, check_positive, client_gradient
+from gradleak.mechanisms.likelihood import Likely
 from gradleak.mechanisms.unroll import Params, Visit, unroll
-from gradleak.types import Batch, ModelState, Update, UpdateKind
+from gradleak.types import Batch, Likelihood, ModelState, Update, UpdateKind
 
 Order = tuple[tuple[int, ...], ...]
 """Example indices of each local step, in order."""
@@ -22,7 +22,7 @@ _MOST_ORDERS = 64
 
 
 @dataclass(frozen=True)
-class FedAvg:
+class FedAvg(Likely):
     """u = θ_T − θ_0 with θ_{t+1} = θ_t − η ∇ℓ(θ_t; minibatch t), unrolled differentiably.
 
     Args:
@@ -79,7 +79,7 @@ class FedAvg:
         scale = -1.0 / (self.learning_rate * len(self._order(batch_size)))
         return Update({k: v * scale for k, v in update.values.items()}, "gradient")
 
-    def log_prob(self, update: Update, state: ModelState, batch: Batch) -> Tensor:
+    def likelihood(self, *, batch_size: int) -> Likelihood:
         raise IntractableLikelihood("fedavg has no density: its only randomness is an order")
 
     def draw_order(self, batch_size: int, *, generator: torch.Generator) -> Order:

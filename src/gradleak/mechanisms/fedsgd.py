@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gradleak.errors import IntractableLikelihood
 from gradleak.mechanisms.client import BatchNormMode, Loss, client_gradient
-from gradleak.types import Batch, ModelState, Update, UpdateKind
+from gradleak.mechanisms.likelihood import Likely
+from gradleak.types import Batch, Likelihood, ModelState, Update, UpdateKind
 
 
 @dataclass(frozen=True)
-class FedSGD:
+class FedSGD(Likely):
     """u = ∇_θ (1/b) Σ_i ℓ(f_θ(x_i), y_i).
 
     Args:
@@ -46,5 +46,5 @@ class FedSGD:
     def as_gradient(self, update: Update, *, batch_size: int) -> Update:
         return update
 
-    def log_prob(self, update: Update, state: ModelState, batch: Batch) -> Tensor:
+    def likelihood(self, *, batch_size: int) -> Likelihood:
         raise IntractableLikelihood("fedsgd is deterministic: it has no density")

@@ -1,0 +1,22 @@
+"""Log-densities of mechanisms that state a likelihood."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import Tensor
+
+from gradleak.types import Batch, Likelihood, ModelState, Update
+
+
+class Likely:
+    """A mechanism whose `log_prob` follows from its `likelihood`."""
+
+    @abstractmethod
+    def likelihood(self, *, batch_size: int) -> Likelihood:
+        """The density of what is sent for a batch of this size."""
+
+    def log_prob(self, update: Update, state: ModelState, batch: Batch) -> Tensor:
+        """Log-density of `update` in nats, 0-dimensional; raises as `likelihood` does."""
+        known = self.likelihood(batch_size=len(batch))
+        return -known.density(known.centre.mean(state, batch).values, update.values)
