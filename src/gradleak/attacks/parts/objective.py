@@ -34,12 +34,13 @@ _LARGE = 1_000_000
 
 @dataclass(frozen=True)
 class Objective:
-    """fit(claim) + Σ weight · penalty(claim), for the trials of several targets.
+    """fit_weight · fit(claim) + Σ weight · penalty(claim), for the trials of several targets.
 
     Attributes:
         unknown: what is varied.
         fit: update matching.
         penalties: (weight, penalty) pairs.
+        fit_weight: of the fit.
         targets: target of every trial.
         engine: how several trials are evaluated; "auto" must be settled by `calibrated` first.
         progress: searches tell it the share of their budget spent.
@@ -49,6 +50,7 @@ class Objective:
     unknown: Images
     fit: Matching
     penalties: tuple[tuple[float, Penalty], ...] = ()
+    fit_weight: float = 1.0
     targets: tuple[int, ...] = (0,)
     engine: Engine = "loop"
     progress: Callable[[float], None] = lambda share: None
@@ -57,7 +59,7 @@ class Objective:
     def values(self, variables: Variables, targets: Sequence[int]) -> Tensor:
         """Objective of several trials (trials,), differentiable in the variables."""
         inputs, labels = self.unknown.decode(variables, targets)
-        total = self._distances(inputs, labels, targets)
+        total = self.fit_weight * self._distances(inputs, labels, targets)
         for weight, penalty in self.penalties:
             total = total + weight * penalty(inputs, targets)
         return total
@@ -107,7 +109,7 @@ class Objective:
         if labels.is_floating_point():
             labels = labels.to(self.fit.dtype)
         with torch.no_grad():
-            total = self.fit(inputs[None], labels[None], [target])
+            total = self.fit_weight * self.fit(inputs[None], labels[None], [target])
             for weight, penalty in self.penalties:
                 total = total + weight * penalty(inputs[None], [target])
         return float(total)

@@ -43,6 +43,12 @@ def squared_variation(inputs: Tensor, targets: Sequence[int] = ()) -> Tensor:
     return down.flatten(1).mean(1) + across.flatten(1).mean(1)
 
 
+def wrapped_variation(inputs: Tensor, targets: Sequence[int] = ()) -> Tensor:
+    """Σ |∂_h x|² + Σ |∂_w x|², the image wrapped around (Balunović et al., ICLR 2022, code)."""
+    gaps = [(inputs - inputs.roll(1, axis)) ** 2 for axis in (-2, -1)]
+    return (gaps[0] + gaps[1]).flatten(1).sum(1)
+
+
 def squared_norm(inputs: Tensor, targets: Sequence[int] = ()) -> Tensor:
     """mean x²; 0 at zero."""
     return (inputs**2).flatten(1).mean(1)

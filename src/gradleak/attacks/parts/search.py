@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,10 @@ def step_decay(step: int, steps: int) -> float:
     return float(0.1 ** sum(step >= steps * eighths // 8 for eighths in (3, 5, 7)))
 
 
+def _unannealed(step: int, steps: int) -> float:
+    return 1.0
+
+
 def adam(
     objective: Objective,
     start: Variables,
@@ -52,6 +56,7 @@ def adam(
     learning_rate: float,
     signed: bool = False,
     schedule: Callable[[int, int], float] = step_decay,
+    annealing: Callable[[int, int], float] = _unannealed,
     betas: tuple[float, float] = (0.9, 0.999),
     epsilon: float = 1e-8,
 ) -> Search:
@@ -64,6 +69,8 @@ def adam(
         learning_rate: step length before decay, in units of the variables.
         signed: replace the gradient by its sign before Adam sees it.
         schedule: (step, steps) -> factor on the learning rate.
+        annealing: (step, steps) -> factor on the weight of the fit. Iterates are scored by the
+            objective of the last factor, so the best one is among those of that factor.
         betas: decay of the first and second moment.
         epsilon: added to the root of the second moment.
     """
@@ -73,9 +80,14 @@ def adam(
     counts = [torch.zeros((), device=v.device) for v in current.values()]
     best = Best(start)
     trials = list(range(best.count))
+    factor = 1.0
     for step in range(steps):
+        if annealing(step, steps) != factor:
+            factor = annealing(step, steps)
+            best.values.fill_(math.inf)
+        annealed = replace(objective, fit_weight=factor * objective.fit_weight)
         rows = current if len(trials) == best.count else {k: v[trials] for k, v in current.items()}
-        values, gradients = objective.value_and_gradient(rows, trials)
+        values, gradients = annealed.value_and_gradient(rows, trials)
         alive = best.record(rows, values, gradients, trials, keep_every=steps)
         if not all(alive):
             keep = [i for i, ok in enumerate(alive) if ok]
