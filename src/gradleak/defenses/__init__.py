@@ -9,13 +9,30 @@ from typing import Any
 from gradleak.defenses.clip import Clip
 from gradleak.defenses.noise import GaussianNoise, LaplaceNoise
 from gradleak.defenses.none import NoDefense
+from gradleak.defenses.partial_sharing import PartialSharing
+from gradleak.defenses.quantize import Quantize
+from gradleak.defenses.random_mask import RandomMask
+from gradleak.defenses.rounding import Round
+from gradleak.defenses.sign import Sign
 from gradleak.defenses.sparsify import TopK
 from gradleak.defenses.wrapped import Defense, Wrapped, difference, norm, undefended
 from gradleak.registry import build as _build
 from gradleak.types import Mechanism
 
 DEFENSES: dict[str, type[Any]] = {
-    d.id: d for d in (NoDefense, GaussianNoise, LaplaceNoise, TopK, Clip)
+    d.id: d
+    for d in (
+        NoDefense,
+        GaussianNoise,
+        LaplaceNoise,
+        TopK,
+        RandomMask,
+        PartialSharing,
+        Quantize,
+        Round,
+        Sign,
+        Clip,
+    )
 }
 
 
@@ -41,6 +58,11 @@ __all__ = [
     "GaussianNoise",
     "LaplaceNoise",
     "NoDefense",
+    "PartialSharing",
+    "Quantize",
+    "RandomMask",
+    "Round",
+    "Sign",
     "TopK",
     "Wrapped",
     "build",
