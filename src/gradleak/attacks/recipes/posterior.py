@@ -44,7 +44,8 @@ class Posterior(Recipe):
         estimate: "map", the maximum; "mean", which minimises the expected squared error (Langevin
             chain from the maximum); "ball", the maximum averaged over a ball around the claim.
         radius: of the ball, root mean square per pixel, as a share of the box.
-        samples: steps of the chain, or points of the ball.
+        chain: steps of the Langevin chain.
+        points: points of the ball.
         total_variation: weight of the prior taken where none is granted, nats per unit of Σ |∂x|.
     """
 
@@ -53,7 +54,8 @@ class Posterior(Recipe):
     restarts: int = 4
     estimate: Literal["map", "mean", "ball"] = "map"
     radius: float = 0.05
-    samples: int = 16
+    chain: int = 4000
+    points: int = 16
     total_variation: float = 1.0
 
     about: ClassVar[About] = About(
@@ -136,7 +138,7 @@ class Posterior(Recipe):
         low, high = objective.unknown.spec.bounds
         if self.estimate == "ball":
             radius = self.radius * (high - low)
-            objective = _Blurred.of(objective, radius=radius, points=self.samples)
+            objective = _Blurred.of(objective, radius=radius, points=self.points)
         return adam(
             objective,
             start,
@@ -150,8 +152,8 @@ class Posterior(Recipe):
         if self.estimate != "mean":
             return found
         stream = torch.Generator().manual_seed(0)
-        means = posterior_mean(objective, found.variables, steps=self.samples, generator=stream)
-        spent = [e + self.samples for e in found.evaluations]
+        means = posterior_mean(objective, found.variables, steps=self.chain, generator=stream)
+        spent = [e + self.chain for e in found.evaluations]
         return replace(found, variables=means, evaluations=spent)
 
 
@@ -196,21 +198,15 @@ class _Blurred(Objective):
         return cls(**values, offsets=offsets)
 
     def values(self, variables: Variables, targets: Sequence[int]) -> Tensor:
-        total = [
-            super(_Blurred, self).values(
-                variables | {"inputs": variables["inputs"] + offset.to(variables["inputs"])}, targets
-            )
-            for offset in self.offsets
-        ]
-        return torch.stack(total).mean(0)
+        centre = variables["inputs"]
+        points = [variables | {"inputs": centre + offset.to(centre)} for offset in self.offsets]
+        return torch.stack([Objective.values(self, p, targets) for p in points]).mean(0)
 
 
-def uniform_in_ball(
-    shape: tuple[int, ...], *, radius: float, generator: torch.Generator
-) -> Tensor:
+def uniform_in_ball(shape: tuple[int, ...], *, radius: float, generator: torch.Generator) -> Tensor:
     """Points (shape[0], ...) uniform in the volume of the ball ‖x‖ ≤ radius · √d, float64."""
     points = normal(shape, generator=generator, dtype=torch.float64).flatten(1)
     d = points.shape[1]
     reach = torch.rand(len(points), 1, generator=generator, dtype=torch.float64) ** (1 / d)
-    points = points / points.norm(dim=1, keepdim=True) * reach * radius * math.sqrt(d)
-    return points.reshape(shape)
+    reach = reach * radius * math.sqrt(d) / torch.linalg.vector_norm(points, dim=1, keepdim=True)
+    return (points * reach).reshape(shape)
