@@ -48,6 +48,8 @@ class Mixture:
         from sklearn.mixture import GaussianMixture
 
         rows = public.inputs.flatten(1)
+        if len(rows) < 2:
+            raise InvalidInput("prior 'mixture' of one public example: expected at least 2")
         space = principal(rows, rank=self.rank, seed=seed)
         scores = ((rows - space.mean) @ space.axes.T).numpy()
         ridge = float(floored(rows.new_tensor(self.ridge * space.total / rows.shape[1]), data))
