@@ -63,8 +63,7 @@ class Mixture:
         explained = torch.from_numpy(model.predict_proba(scores))
         member = torch.nn.functional.one_hot(public.classes, data.classes).double()
         counts = member.sum(0)[:, None]
-        weights = torch.where(counts > 0, member.T @ explained / counts.clamp(min=1), 0)
-        weights = torch.where(counts > 0, weights, explained.mean(0))
+        own = member.T @ explained / counts.clamp(min=1)
         return Gaussians(
             self,
             data,
@@ -72,6 +71,6 @@ class Mixture:
             axes=turns.mT @ space.axes,
             variances=floored(variances, data),
             rest=floored(rows.new_tensor(space.rest()), data),
-            given_class=weights,
+            given_class=torch.where(counts > 0, own, explained.mean(0)),
             shares=shares_of(public.classes, data),
         )
