@@ -131,7 +131,8 @@ class JobSpec:
         """
         content = self.to_json()
         for name in (
-            "key", "directory", "data", "data_dir", "state", "prior_file", "engine", "trials_at_once",
+            "key", "directory", "data", "data_dir", "state", "prior_file", "engine",
+            "trials_at_once",
         ):  # fmt: skip
             del content[name]
         content["version"] = version()
@@ -316,9 +317,9 @@ def plan(
                             defense=defense_id,
                             defense_spec=full_defense,
                             knows=tuple(sorted(set(settings.knows))),
-                            prior=belief and belief.spec,
-                            prior_file=belief and belief.path,
-                            prior_digest=belief and belief.digest,
+                            prior=belief.spec if belief else None,
+                            prior_file=belief.path if belief else None,
+                            prior_digest=belief.digest if belief else None,
                             bn_knowledge=settings.bn_knowledge,
                             server=settings.server,
                             seed=settings.seed,
