@@ -10,12 +10,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradleak.defenses.dithered import Dithered, off_grid
+from gradleak.defenses.dithered import Dithered, misplaced
 from gradleak.defenses.wrapped import (
     Mapped,
     Noise,
     Separable,
-    difference,
     log_mass,
     noise_inside,
 )
@@ -45,12 +44,8 @@ class Round:
         return (_Nearest if self.rounding == "nearest" else _Coins)(mechanism, self)
 
     def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
-        changes = difference(after, before).values.values()
-        moved = max(float(v.abs().max()) for v in changes)
-        if moved > self.step * (0.5 if self.rounding == "nearest" else 1.0) * (1 + 1e-3):
-            return f"claims step {self.step:g} and moves a coordinate by {{:.3g}}", moved
-        off = off_grid(after.values, self.steps(after.values))
-        return ("sends values off its grid, by {:.2g} of a step", off) if off > 1e-2 else None
+        most = 0.5 if self.rounding == "nearest" else 1.0
+        return misplaced(before, after, self.steps(after.values), most=most)
 
     def map(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Round to the nearest; the gradient is that of no rounding, a direction to search in."""
