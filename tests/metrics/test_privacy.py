@@ -54,7 +54,7 @@ def orthogonal_success(candidates: int, noise_multiplier: float) -> float:
 @pytest.mark.parametrize("candidates", [10, 100])
 def test_canaries_stay_below_the_ceiling(candidates: int, noise_multiplier: float) -> None:
     """H0: success ≤ ceiling; n = 600, Clopper–Pearson, alpha = 0.001. Planted fault: half the
-    noise (at K = 10 and m = 2 it is worth too little to be seen in 600 trials)."""
+    noise, at K = 100."""
     ceiling = gaussian_ceiling(1 / candidates, noise_multiplier=noise_multiplier)
     optimal = orthogonal_success(candidates, noise_multiplier)
     assert optimal <= ceiling
@@ -64,7 +64,6 @@ def test_canaries_stay_below_the_ceiling(candidates: int, noise_multiplier: floa
     assert interval.low <= optimal <= interval.high, "the attack is the optimal one"
     if candidates == 100:
         assert optimal >= 0.8 * ceiling, "nearly reached: the check has power"
-    if (candidates, noise_multiplier) != (10, 2.0):
         assert exceeds(canary_hits(candidates, noise_multiplier / 2), ceiling), "planted fault"
 
 

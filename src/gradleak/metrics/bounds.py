@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -86,8 +87,7 @@ def jacobian(f: UpdateMap, inputs: Tensor, *, chunk: int = 64) -> Tensor:
         (p, d) in float64: 8 p d bytes. `information_matrix` never holds it.
     """
     push, _, _ = _products(f, inputs)
-    columns = [torch.func.vmap(push)(e) for e in _unit_vectors(inputs, chunk)]
-    return torch.cat(columns).T
+    return torch.cat([push(e) for e in _unit_vectors(inputs, chunk)]).T
 
 
 def information_matrix(
@@ -105,11 +105,7 @@ def information_matrix(
         (d, d), symmetric, in float64.
     """
     push, pull, _ = _products(f, inputs)
-    rows = [
-        torch.func.vmap(lambda v: pull(per_coordinate * push(v)))(e)
-        for e in _unit_vectors(inputs, chunk)
-    ]
-    matrix = torch.cat(rows)
+    matrix = torch.cat([pull(per_coordinate * push(e)) for e in _unit_vectors(inputs, chunk)])
     return (matrix + matrix.T) / 2
 
 
@@ -214,7 +210,7 @@ def dfil_probed(
     values = []
     for _ in range(probes):
         signs = torch.randint(2, (p,), generator=generator).to(inputs.device, torch.float64)
-        values.append(pull(root * (2 * signs - 1)).square().mean())
+        values.append(pull(root * (2 * signs - 1)[None]).square().mean())
     each = torch.stack(values)
     return float(each.mean()), float(each.std()) / probes**0.5
 
@@ -253,8 +249,8 @@ def influence_bound(
     d = inputs.numel()
 
     def gram_times(v: NDArray[np.float64]) -> NDArray[np.float64]:
-        product = pull(push(torch.from_numpy(v.ravel()).to(inputs.device)))
-        return product.cpu().numpy()
+        product = pull(push(torch.from_numpy(v.reshape(1, d)).to(inputs.device)))
+        return product[0].cpu().numpy()
 
     if d <= _DENSE:
         largest = float(torch.linalg.eigvalsh(information_matrix(f, inputs))[-1])
@@ -297,28 +293,28 @@ def recoverable_dimensions(
 
 
 def _products(f: UpdateMap, inputs: Tensor) -> tuple[_Product, _Product, int]:
-    """v (d,) -> J v, w (p,) -> Jᵀ w, and p. Reverse mode only, which every layer supports:
-    J v is the derivative of the linear map w -> Jᵀ w."""
-    value, back = torch.func.vjp(f, inputs.detach().double())[:2]
-    if value.ndim != 1:
-        raise InvalidInput(f"update of shape {tuple(value.shape)}: expected one vector, (p,)")
+    """Rows v (n, d) -> J v, rows w (n, p) -> Jᵀ w, and p. Reverse mode only, which every layer
+    supports: J v is the derivative of the linear map w -> Jᵀ w."""
+    x = inputs.detach().double().requires_grad_()
+    update = f(x)
+    if update.ndim != 1:
+        raise InvalidInput(f"update of shape {tuple(update.shape)}: expected one vector, (p,)")
+    w = torch.zeros_like(update, requires_grad=True)
+    (back,) = torch.autograd.grad(update, x, w, create_graph=True)
 
-    def pull(w: Tensor) -> Tensor:
-        return back(w)[0].flatten()  # type: ignore[no-any-return]
+    def rows_of(y: Tensor, z: Tensor, cotangents: Tensor) -> Tensor:
+        shaped = cotangents.reshape(-1, *y.shape)
+        (rows,) = torch.autograd.grad(y, z, shaped, retain_graph=True, is_grads_batched=True)
+        return rows.flatten(1)
 
-    forth = torch.func.vjp(pull, torch.zeros_like(value))[1]
-
-    def push(v: Tensor) -> Tensor:
-        return forth(v)[0]  # type: ignore[no-any-return]
-
-    return push, pull, len(value)
+    return partial(rows_of, back, w), partial(rows_of, update, x), len(update)
 
 
 def _pulled(f: UpdateMap, inputs: Tensor, perturbation: Tensor) -> Tensor:
     _, pull, p = _products(f, inputs)
     if perturbation.shape != (p,):
         raise InvalidInput(f"perturbation {tuple(perturbation.shape)}: expected ({p},)")
-    return pull(perturbation.double())
+    return pull(perturbation.double()[None])[0]
 
 
 def _unit_vectors(inputs: Tensor, chunk: int) -> Iterator[Tensor]:
