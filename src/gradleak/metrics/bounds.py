@@ -135,7 +135,9 @@ def van_trees_floor(
     Args:
         information: draw -> F(x), (d, d).
         draws: independent draws from the prior (of inputs, or of anything `information` takes), in
-            random order; at least 4.
+            random order; at least 4. Student's t covers as stated where F is bounded (measured: 92 %
+            of 95 % with a tanh in one dimension and 100 draws) and less where a few draws hold most
+            of its mean (81 % for x³ under a normal prior and 20 draws).
         precision: P, (d, d), the information of the prior; Σ⁻¹ for N(μ, Σ).
         confidence: of the floor, one-sided.
 
