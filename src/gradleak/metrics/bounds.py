@@ -127,17 +127,17 @@ def van_trees_floor(
 
     whose last term the second half bounds from above by Student's t.
 
-    Holds for f continuous and differentiable almost everywhere (tanh or softplus networks; not
-    ReLU, max-pooling or top-k, whose updates jump), targets drawn from the prior, and noise
-    independent between coordinates. Examples are compared in order: matching the claims of a
-    batch to its truths afterwards can go below. It says nothing about one single target.
+    Holds for f locally Lipschitz (tanh or softplus networks; not ReLU, max-pooling or top-k, whose
+    updates jump), targets drawn from the prior, and noise independent between coordinates.
+    Examples are compared in order: matching the claims of a batch to its truths afterwards can go
+    below. It says nothing about one single target.
 
     Args:
         information: draw -> F(x), (d, d).
         draws: independent draws from the prior (of inputs, or of anything `information` takes), in
-            random order; at least 4. Student's t covers as stated where F is bounded (measured: 92 %
-            of 95 % with a tanh in one dimension and 100 draws) and less where a few draws hold most
-            of its mean (81 % for x³ under a normal prior and 20 draws).
+            random order; at least 4. The nominal 95 % are 94 % where F is bounded (measured with a
+            tanh in one dimension, 100 draws) and 80 % where few draws hold most of its mean (x³
+            under a normal prior, 20 draws).
         precision: P, (d, d), the information of the prior; Σ⁻¹ for N(μ, Σ).
         confidence: of the floor, one-sided.
 
