@@ -78,3 +78,13 @@ def test_prior_of_the_docs_foretells_unseen_examples(monkeypatch: pytest.MonkeyP
     assert module.nats.mean() > box.log_prob(module.trials).mean()
     assert module.start.shape == module.unseen.inputs.shape
     assert module.drawn.shape == (4, 1, 8, 8)
+
+
+def test_bounds_of_the_page_are_neither_trivial_nor_violated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = run("docs/bounds.md", monkeypatch)
+    assert 0 < module.floor.proved < module.prior_std**2
+    printed = capsys.readouterr().out
+    assert "without noise: 16 of 16" in printed
+    assert "violated: False" in printed
