@@ -73,6 +73,7 @@ class JobSpec:
         spare: a target of another client, attacked for the control alone; None where the group
             has two clients.
         bank: examples of the private pool that form the identification bank.
+        ceiling: begin the attack at the truth as well.
         device: "cpu" or "cuda".
         engine: how the attack is vectorised.
         trials_at_once: most trials that memory lets step together.
@@ -110,6 +111,7 @@ class JobSpec:
     clients: tuple[int, ...]
     spare: int | None
     bank: int
+    ceiling: bool
     device: str
     engine: Engine | None = None
     trials_at_once: int | None = None
@@ -328,6 +330,7 @@ def plan(
                             clients=owners,
                             spare=_spare(owners, members, clients=clients, targets=targets),
                             bank=min(pool, max(BANK, needed)),
+                            ceiling=settings.ceiling,
                             device=device_of(settings),
                         ).keyed()
                     )
