@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 
 from gradleak.defenses.dithered import Dithered, misplaced
-from gradleak.defenses.wrapped import (
-    Mapped,
-    Noise,
-    Separable,
-    log_mass,
-    noise_inside,
-)
+from gradleak.defenses.wrapped import Mapped, Noise, Separable, log_mass, noise_inside
 from gradleak.mechanisms.client import check_positive
 from gradleak.types import Batch, Likelihood, Mechanism, ModelState, Update
 
@@ -50,8 +44,10 @@ class Round:
 
     def map(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Round to the nearest; the gradient is that of no rounding, a direction to search in."""
-        rounded = {k: self.step * (v / self.step).round() for k, v in values.items()}
-        return {k: v + (rounded[k] - v).detach() for k, v in values.items()}
+        return {
+            k: self.step * (v / self.step).detach().round() + (v - v.detach())
+            for k, v in values.items()
+        }
 
     def steps(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Width of the grid for every tensor."""

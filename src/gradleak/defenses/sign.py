@@ -53,7 +53,7 @@ class Sign:
     def _signs(self, value: Tensor) -> Tensor:
         size = mean_size(value)
         unit = value / size
-        signs = unit + (value.sign() - unit).detach()
+        signs = value.sign() + (unit - unit.detach())
         return size * signs if self.scaled else signs
 
 
