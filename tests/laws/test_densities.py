@@ -15,7 +15,7 @@ from gradleak.defenses import build
 from gradleak.defenses.random_mask import _Dropped
 from gradleak.defenses.sparsify import _Largest
 from gradleak.mechanisms import FedSGD
-from gradleak.types import Density, Mechanism
+from gradleak.types import Batch, Density, Mechanism
 from tests.laws.small import TwoTwins, batch_of, state_of, stream
 
 ALPHA = 1e-6
@@ -209,3 +209,23 @@ def test_compositions_predict_what_was_received(spec: str) -> None:
     predicted = mechanism.predict(received, state, batch)
     for k, v in received.values.items():
         torch.testing.assert_close(predicted.values[k], v, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("spec", [*LAWS, *DETERMINISTIC])
+def test_several_claims_are_predicted_and_weighed_at_once(spec: str) -> None:
+    """One vectorised program of three claims, which forbids draws, against one claim at a time."""
+    mechanism, state, batch = build(spec)(FedSGD()), state_of(TwoTwins), batch_of(1)
+    received = mechanism.sample(state, batch, generator=stream(0))
+
+    def one(inputs: Tensor) -> dict[str, Tensor]:
+        claim = Batch(inputs, batch.labels)
+        found = dict(mechanism.predict(received, state, claim).values)
+        if spec not in DETERMINISTIC:
+            found["log_prob"] = mechanism.log_prob(received, state, claim)
+        return found
+
+    claims = torch.stack([batch_of(1, seed=s).inputs for s in range(3)])
+    together = torch.func.vmap(one)(claims)
+    for i, claim in enumerate(claims):
+        for k, v in one(claim).items():
+            torch.testing.assert_close(together[k][i], v, rtol=1e-9, atol=1e-12)
