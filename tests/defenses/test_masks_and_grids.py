@@ -182,7 +182,7 @@ def test_stochastic_rounding_is_a_coin_between_neighbours() -> None:
     assert found == pytest.approx(np.log1p(-gap).sum(), rel=1e-9)
     mechanism = Round(0.02, rounding="stochastic")(FedSGD())
     far = Update({k: v + 0.06 for k, v in CLEAN.items()}, "gradient")
-    assert float(mechanism.log_prob(far, STATE, BATCH)) == -math.inf
+    assert float(mechanism.log_prob(far, STATE, BATCH)) < -1e3 * len(flat(CLEAN))
 
 
 @pytest.mark.parametrize("levels", [1, 3, 16])

@@ -115,7 +115,7 @@ def test_noise_with_another_strength_than_claimed(monkeypatch: pytest.MonkeyPatc
     [
         ("gaussian-noise:scope=example", "draw", lambda v: 1.2 * torch.randn_like(v), "and adds"),
         ("random-mask:share=0.3", "drop", lambda v: torch.dropout(v, 0.6, True), "and drops"),
-        ("random-mask:seed=1", "drop", lambda v: torch.dropout(v, 0.6, True), "and drops"),
+        ("random-mask:seed=1", "map", lambda v: torch.dropout(v, 0.7, True), "and drops"),
         ("partial-sharing", "map", lambda v: 2 * v, "and sends norm"),
         ("round", "map", lambda v: 0.001 * (v / 0.001).floor(), "and moves by"),
         ("round", "map", lambda v: v + 0.0001, "off its grid"),
