@@ -6,16 +6,19 @@ GaussianNoise(std=0.01)(Clip(norm=1.0)(FedSGD()))
 from collections.abc import Callable
 from typing import Any
 
+from gradleak.defenses.ats import ATS
 from gradleak.defenses.clip import Clip
 from gradleak.defenses.noise import GaussianNoise, LaplaceNoise
 from gradleak.defenses.none import NoDefense
+from gradleak.defenses.precode import Precode
+from gradleak.defenses.soteria import Soteria
 from gradleak.defenses.sparsify import TopK
-from gradleak.defenses.wrapped import Defense, Wrapped, difference, norm, undefended
+from gradleak.defenses.wrapped import Defense, Wrapped, difference, norm, rebased, undefended
 from gradleak.registry import build as _build
 from gradleak.types import Mechanism
 
 DEFENSES: dict[str, type[Any]] = {
-    d.id: d for d in (NoDefense, GaussianNoise, LaplaceNoise, TopK, Clip)
+    d.id: d for d in (NoDefense, GaussianNoise, LaplaceNoise, TopK, Clip, Soteria, ATS, Precode)
 }
 
 
@@ -35,16 +38,20 @@ def build(spec: str) -> Callable[[Mechanism], Mechanism]:
 
 
 __all__ = [
+    "ATS",
     "DEFENSES",
     "Clip",
     "Defense",
     "GaussianNoise",
     "LaplaceNoise",
     "NoDefense",
+    "Precode",
+    "Soteria",
     "TopK",
     "Wrapped",
     "build",
     "difference",
     "norm",
+    "rebased",
     "undefended",
 ]
