@@ -25,6 +25,7 @@ from gradleak.data import Dataset, Split
 from gradleak.defenses import DEFENSES
 from gradleak.errors import CorruptFile, InvalidInput
 from gradleak.run import states
+from gradleak.run.beliefs import Belief, fitted, prior_spec
 from gradleak.run.executor import Progress, run_here, run_in_processes
 from gradleak.run.jobs import JobSpec, attack_spec, defense_spec, derive, device_of, plan, version
 from gradleak.run.memory import Arrangement, arranged, free_memory, needed
@@ -121,6 +122,7 @@ def audit(
     attacks: str | Sequence[str] | None = None,
     defenses: str | Sequence[str] | None = None,
     knows: str | Sequence[str] | None = None,
+    prior: str | None = None,
     bn_knowledge: str | None = None,
     server: str | None = None,
     targets: int | None = None,
@@ -156,6 +158,7 @@ def audit(
         "attack": attacks,
         "defense": defenses,
         "knows": knows,
+        "prior": prior,
         "bn_knowledge": bn_knowledge,
         "server": server,
         "targets": targets,
@@ -220,7 +223,8 @@ def run_audit(
         arrange(jobs)
     with Store(directory) as store:
         prepared = _prepare_states(settings, network, dataset, division, watcher=watcher)
-        jobs = plan(settings, dataset, division, states=prepared)
+        belief = _prepare_prior(settings, dataset, division, watcher=watcher)
+        jobs = plan(settings, dataset, division, states=prepared, belief=belief)
         clock = _Clock(started, store, jobs)
         _run(settings, jobs, store, watcher=watcher, arrange=arrange, clock=clock)
         records = [store.records[job.key] for job in jobs]
@@ -265,6 +269,7 @@ def _check_names(settings: AuditSettings) -> None:
         attack_spec(spec, budget=settings.budget)
     for spec in settings.defense:
         defense_spec(spec)
+    prior_spec(settings.prior)
     for condition in settings.fail_on:
         asked = Condition.parse(condition).defense
         if asked is not None and asked not in {defense_spec(s)[0] for s in settings.defense}:
@@ -321,6 +326,21 @@ def _prepare_states(
         )
         for stage in _stages(settings)
     }
+
+
+def _prepare_prior(
+    settings: AuditSettings, dataset: Dataset, division: Split, *, watcher: Watcher
+) -> Belief | None:
+    if not settings.grants_prior:
+        return None
+    watcher.preparing(f"fitting the prior {settings.prior}")
+    return fitted(
+        settings.prior,
+        dataset,
+        division.public,
+        seed=derive(settings.seed, "prior"),
+        directory=Path(settings.out),
+    )
 
 
 def _arranged(
@@ -456,7 +476,7 @@ class _Engines:
         size = len(job.targets) + (job.spare is not None)
         kind = "/".join(
             map(str, (job.attack_spec, job.defense_spec, job.model, job.data_fingerprint,
-                      job.mechanism, job.local_steps, job.batch_norm, ",".join(job.knows),
+                      job.mechanism, job.local_steps, job.batch_norm, ",".join(job.knows), job.prior,
                       job.batch_size, size, job.device))
         )  # fmt: skip
         if kind not in self._known:
@@ -519,7 +539,7 @@ def not_tested(settings: AuditSettings) -> list[str]:
         "A server that alters what it broadcasts" if settings.server == "honest" else "",
         "Servers that see only a sum of updates (secure aggregation)",
         "Attackers who combine several rounds of one client",
-        "Attackers with a learned prior of the data",
+        f"Priors other than {settings.prior}" if settings.grants_prior else "",
     ]
     return [text for text in left if text]
 

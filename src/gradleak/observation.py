@@ -17,6 +17,7 @@ from gradleak.types import (
     Mechanism,
     ModelState,
     Observation,
+    Prior,
     Update,
     UpdateKind,
 )
@@ -32,6 +33,7 @@ def observe(
     loss: Loss = cross_entropy,
     mechanism: Mechanism | None = None,
     labels: Tensor | None = None,
+    prior: Prior | None = None,
 ) -> Observation:
     """Build an observation from the public side of one recorded round.
 
@@ -46,6 +48,7 @@ def observe(
         loss: the client's loss, used when `mechanism` is not given.
         mechanism: the client's training and protections, if known; FedSGD with `loss` otherwise.
         labels: (b,) int64 labels, where the attacker knows them.
+        prior: what public data say of private inputs, from `gradleak.priors`.
 
     Raises:
         InvalidInput: names, shapes, kinds or values do not fit together.
@@ -82,5 +85,7 @@ def observe(
         exchanges=(Exchange(state, received),),
         mechanism=mechanism,
         data=data,
-        knowledge=Knowledge(batch_size, None if labels is None else labels.long().clone()),
+        knowledge=Knowledge(
+            batch_size, None if labels is None else labels.long().clone(), prior=prior
+        ),
     )

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.data import Dataset
-from gradleak.defenses import undefended
+from gradleak.defenses import rebased, undefended
 from gradleak.errors import InvalidInput
 from gradleak.mechanisms import FedAvg, FedSGD
 from gradleak.mechanisms.client import batch_norm_statistics
 from gradleak.seeding import child
-from gradleak.threat import ThreatModel, Truth, rebased
-from gradleak.types import Batch, Exchange, Mechanism, ModelState, Observation
+from gradleak.threat import ThreatModel, Truth
+from gradleak.types import Batch, Exchange, Mechanism, ModelState, Observation, Prior
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Scenario:
         batch_size: examples in the client's batch.
         indices: (batch_size,) examples of the client; None draws them at random.
         client: number of the client, for the record.
+        prior: fitted to examples that are none of the clients'; the threat model may grant it.
     """
 
     data: Dataset
@@ -38,6 +39,7 @@ class Scenario:
     batch_size: int = 1
     indices: Tensor | None = None
     client: int = 0
+    prior: Prior | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch_size <= len(self.data):
@@ -84,5 +86,7 @@ def simulate(scenario: Scenario, *, generator: torch.Generator) -> tuple[Observa
         statistics = batch_norm_statistics(state, batch.inputs)
     truth = Truth(batch, client=scenario.client, bn_statistics=statistics or None, order=order)
     exchange = Exchange(state, update)
-    seen = scenario.threat.grant(truth, (exchange,), scenario.mechanism, scenario.data.spec)
+    seen = scenario.threat.grant(
+        truth, (exchange,), scenario.mechanism, scenario.data.spec, scenario.prior
+    )
     return seen, truth

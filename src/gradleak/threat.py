@@ -19,6 +19,7 @@ from gradleak.types import (
     Knowledge,
     Mechanism,
     Observation,
+    Prior,
     ServerBehaviour,
     View,
 )
@@ -81,6 +82,7 @@ class ThreatModel:
         exchanges: tuple[Exchange, ...],
         mechanism: Mechanism,
         data: DataSpec,
+        prior: Prior | None = None,
     ) -> Observation:
         """Turn the truth into knowledge, fact by fact, and nothing else.
 
@@ -89,7 +91,13 @@ class ThreatModel:
             exchanges: what crossed the wire.
             mechanism: what the client really ran.
             data: public form of the data.
+            prior: fitted to public examples.
+
+        Raises:
+            InvalidInput: a prior is granted and there is none.
         """
+        if Fact.PRIOR in self.knows and prior is None:
+            raise InvalidInput("threat model grants a prior: expected Scenario(prior=...)")
         belief = mechanism if Fact.MECHANISM in self.knows else undefended(mechanism)
         if Fact.MINIBATCH_ORDER in self.knows and truth.order is not None:
             belief = rebased(belief, fixed_order=truth.order)
@@ -108,6 +116,7 @@ class ThreatModel:
                 batch_size=len(truth.batch) if Fact.BATCH_SIZE in self.knows else None,
                 labels=truth.batch.classes.clone() if Fact.LABELS in self.knows else None,
                 bn_statistics=statistics,
+                prior=prior if Fact.PRIOR in self.knows else None,
             ),
             server=self.server,
         )

@@ -38,6 +38,8 @@ class Fact(enum.StrEnum):
     """Mean and variance of the private batch at the input of every batch-normalisation layer."""
     MINIBATCH_ORDER = "minibatch_order"
     """The order in which local training visited the examples."""
+    PRIOR = "prior"
+    """What is believed of private inputs before any update, fitted from public data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +239,61 @@ class Mechanism(Protocol):
         ...
 
 
+class Prior(Protocol):
+    """p(inputs | labels): what is believed of private data before an update, from public data only.
+
+    Examples are independent. Labels are (…,) int64 classes, or (…, classes) rows of class
+    probabilities, over which p is averaged: Σ_c π_c p(x | c). Unknown labels are averaged over the
+    public class shares.
+
+    Laws (tested for every registered prior): `log_prob` of a proper one integrates to one and is
+    the density of `sample`, whose expectation is `mean`; equal generators give equal samples.
+    """
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def proper(self) -> bool:
+        """Whether `log_prob` is a density; if not, it is known up to a constant only."""
+        ...
+
+    def log_prob(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Log-density in nats, summed over the examples; differentiable in inputs and soft labels.
+
+        Args:
+            inputs: (trials, b, *shape), of any floating-point type and device.
+            labels: (trials, b) int64 or (trials, b, classes); None where unknown.
+
+        Returns:
+            (trials,), of the type and device of the inputs.
+        """
+        ...
+
+    def sample(self, labels: Tensor | int, *, generator: torch.Generator) -> Tensor:
+        """Draw inputs (n, *shape), perhaps outside the data's bounds.
+
+        Args:
+            labels: (n,) int64 or (n, classes); or n, where labels are unknown.
+            generator: source of the draws.
+
+        Raises:
+            InvalidInput: the prior is improper.
+        """
+        ...
+
+    def mean(self, labels: Tensor | int) -> Tensor:
+        """Expectation of `sample` (n, *shape), to start from; for an improper prior the centre."""
+        ...
+
+    def to(self, target: torch.dtype | torch.device) -> Prior:
+        """The prior with its numbers cast or moved, so that `log_prob` need not."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """One round seen by the attacker: the state broadcast and the update received."""
@@ -267,11 +324,13 @@ class Knowledge:
         labels: (b,) int64.
         bn_statistics: per batch-normalisation layer (mean, biased variance), each (channels,),
             exact for the private batch, or the running estimates where only those are known.
+        prior: what public data say of private inputs.
     """
 
     batch_size: int | None = None
     labels: Tensor | None = None
     bn_statistics: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    prior: Prior | None = None
 
 
 @dataclass(frozen=True, slots=True)

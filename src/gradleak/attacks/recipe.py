@@ -45,6 +45,15 @@ class Recipe(ABC):
     def search(self, objective: Objective, start: Variables) -> Search:
         """Minimise the objective from `start`."""
 
+    def starts(self, objective: Objective, generators: Sequence[torch.Generator]) -> Variables:
+        """Where the trials of every target start, target by target."""
+        drawn = [objective.unknown.start(g, restarts=self.restarts) for g in generators]
+        return {k: torch.cat([d[k] for d in drawn]) for k in drawn[0]}
+
+    def refine(self, objective: Objective, start: Variables) -> Search:
+        """Minimise the objective from a claim that is thought to be good already."""
+        return self.search(objective, start)
+
     def __call__(self, seen: Observation, *, generator: torch.Generator) -> Reconstruction:
         return self.on_group([seen], generators=[generator])[0]
 
@@ -72,29 +81,49 @@ class Recipe(ABC):
         for observation in seen:
             require(self.about, observation)
         objective = self.compose(seen)
-        starts = [
-            objective.unknown.start(generator, restarts=self.restarts) for generator in generators
-        ]
-        start = {k: torch.cat([s[k] for s in starts]) for k in starts[0]}
         targets = tuple(i for i in range(len(seen)) for _ in range(self.restarts))
         limit = Limit(trials_at_once or sys.maxsize)
-        objective = replace(
-            objective, targets=targets, engine=engine, progress=progress, limit=limit
-        )
-        if engine == "auto":
-            objective = replace(objective, engine=calibrated(objective, start))
+        objective = replace(objective, targets=targets, progress=progress, limit=limit)
+        start = self.starts(objective, generators)
+        objective = _settled(objective, start, engine)
         return _choose(objective, self.search(objective, start), len(seen))
+
+    def refined(
+        self,
+        seen: Sequence[Observation],
+        claims: Sequence[Batch],
+        *,
+        engine: Engine = "auto",
+        trials_at_once: int | None = None,
+    ) -> list[Reconstruction]:
+        """Attack every observation from a claim that somebody supplies.
+
+        From the truth, which only an auditor has, this finds what the information in the update
+        and in the prior leaves of it: a ceiling for searches that end near the truth.
+
+        Args:
+            seen: observations that share a broadcast state.
+            claims: one start per observation.
+            engine: how trials run together; "auto" measures.
+            trials_at_once: most trials that may step together; None leaves it to the engine.
+        """
+        objective = self.compose(seen)
+        limit = Limit(trials_at_once or sys.maxsize)
+        objective = replace(objective, targets=tuple(range(len(seen))), limit=limit)
+        start = objective.unknown.encode(claims)
+        objective = _settled(objective, start, engine)
+        return _choose(objective, self.refine(objective, start), len(seen))
 
     def settle_engine(
         self, seen: Sequence[Observation], *, trials_at_once: int | None = None
     ) -> Engine:
         """Measure which engine suits these observations, without attacking them."""
         objective = self.compose(seen)
-        stream = torch.Generator().manual_seed(0)
-        start = objective.unknown.start(stream, restarts=self.restarts * len(seen))
         targets = tuple(i for i in range(len(seen)) for _ in range(self.restarts))
         limit = Limit(trials_at_once or sys.maxsize)
-        return calibrated(replace(objective, targets=targets, limit=limit), start)
+        objective = replace(objective, targets=targets, limit=limit)
+        stream = torch.Generator().manual_seed(0)
+        return calibrated(objective, self.starts(objective, [stream] * len(seen)))
 
     def objective(self, seen: Observation) -> Callable[[Batch], float]:
         """The attack's own objective as a function of any claim (an auditor passes the truth)."""
@@ -103,6 +132,10 @@ class Recipe(ABC):
     def fit(self, seen: Observation) -> Callable[[Batch], float]:
         """The matching term of the objective alone: 0 at the truth of a noiseless update."""
         return replace(self.compose([seen]), penalties=()).at
+
+
+def _settled(objective: Objective, start: Variables, engine: Engine) -> Objective:
+    return replace(objective, engine=calibrated(objective, start) if engine == "auto" else engine)
 
 
 def _choose(objective: Objective, found: Search, count: int) -> list[Reconstruction]:

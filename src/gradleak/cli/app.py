@@ -81,6 +81,10 @@ Knows = Annotated[
     list[str] | None,
     _option("more facts granted, no-FACT takes one away [batch_size,mechanism]", _ATTACKER),
 ]
+Prior = Annotated[
+    str | None,
+    _option("ID:field=value,... fitted to public data, with --knows prior [gaussian]", _ATTACKER),
+]
 BnKnowledge = Annotated[
     str | None,
     _option(
@@ -145,6 +149,7 @@ def audit(
     attack: Attacks = None,
     defense: Defenses = None,
     knows: Knows = None,
+    prior: Prior = None,
     bn_knowledge: BnKnowledge = None,
     server: Server = None,
     targets: Targets = None,
@@ -185,6 +190,7 @@ def attack_command(
     batch_size: BatchSize = None,
     defense: DefenseName = None,
     knows: Knows = None,
+    prior: Prior = None,
     bn_knowledge: BnKnowledge = None,
     server: Server = None,
     targets: Annotated[int | None, _option("updates attacked [1]", _EFFORT)] = None,
@@ -222,10 +228,12 @@ def attack_command(
 
 @app.command("list")
 def list_command(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="attacks, defenses, models or data")],
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="attacks, defenses, priors, models or data")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
-    """List attacks, defenses, models or data."""
+    """List attacks, defenses, priors, models or data."""
     from gradleak.cli.listing import KINDS, print_listing
 
     if kind not in KINDS:

@@ -1,4 +1,4 @@
-"""What there is: attacks, protections, networks and data sets."""
+"""What there is: attacks, protections, priors, networks and data sets."""
 
 from __future__ import annotations
 
@@ -49,6 +49,22 @@ def defenses() -> list[dict[str, Any]]:
     ]
 
 
+def priors() -> list[dict[str, Any]]:
+    """Every prior with its fields."""
+    from gradleak.priors import PRIORS
+
+    return [
+        {
+            "id": name,
+            "title": family.title,
+            "proper": family.proper,
+            "about": (inspect.getdoc(family) or "").partition("\n")[0],
+            "fields": _fields(family),
+        }
+        for name, family in PRIORS.items()
+    ]
+
+
 def models() -> list[dict[str, Any]]:
     """Every built-in network."""
     from gradleak.models import MODELS
@@ -69,6 +85,7 @@ def data() -> list[dict[str, Any]]:
 KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "attacks": attacks,
     "defenses": defenses,
+    "priors": priors,
     "models": models,
     "data": data,
 }
@@ -76,6 +93,7 @@ KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 _COLUMNS = {
     "attacks": ("id", "title", "needs", "fields", "link"),
     "defenses": ("id", "title", "about", "fields"),
+    "priors": ("id", "title", "proper", "fields"),
     "models": ("id", "title", "batch_norm"),
     "data": ("id", "title", "shape", "classes", "embedded", "licence"),
 }

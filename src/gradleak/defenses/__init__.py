@@ -10,7 +10,12 @@ from gradleak.defenses.ats import ATS
 from gradleak.defenses.clip import Clip
 from gradleak.defenses.noise import GaussianNoise, LaplaceNoise
 from gradleak.defenses.none import NoDefense
+from gradleak.defenses.partial_sharing import PartialSharing
 from gradleak.defenses.precode import Precode
+from gradleak.defenses.quantize import Quantize
+from gradleak.defenses.random_mask import RandomMask
+from gradleak.defenses.rounding import Round
+from gradleak.defenses.sign import Sign
 from gradleak.defenses.soteria import Soteria
 from gradleak.defenses.sparsify import TopK
 from gradleak.defenses.wrapped import Defense, Wrapped, difference, norm, rebased, undefended
@@ -18,7 +23,22 @@ from gradleak.registry import build as _build
 from gradleak.types import Mechanism
 
 DEFENSES: dict[str, type[Any]] = {
-    d.id: d for d in (NoDefense, GaussianNoise, LaplaceNoise, TopK, Clip, Soteria, ATS, Precode)
+    d.id: d
+    for d in (
+        NoDefense,
+        GaussianNoise,
+        LaplaceNoise,
+        TopK,
+        RandomMask,
+        PartialSharing,
+        Quantize,
+        Round,
+        Sign,
+        Clip,
+        Soteria,
+        ATS,
+        Precode,
+    )
 }
 
 
@@ -45,7 +65,12 @@ __all__ = [
     "GaussianNoise",
     "LaplaceNoise",
     "NoDefense",
+    "PartialSharing",
     "Precode",
+    "Quantize",
+    "RandomMask",
+    "Round",
+    "Sign",
     "Soteria",
     "TopK",
     "Wrapped",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from gradleak.defenses.wrapped import Noise, Wrapped, difference, noised, norm
+from gradleak.defenses.wrapped import Noise, Wrapped, difference, noised, norm, undefended
 from gradleak.errors import IntractableLikelihood, InvalidInput
+from gradleak.mechanisms import FedSGD
 from gradleak.seeding import normal
 from gradleak.types import Batch, Likelihood, Mechanism, ModelState, Update
 
@@ -21,6 +22,7 @@ class AdditiveNoise(ABC):
     """ũ = u + independent noise of standard deviation `std` on every coordinate."""
 
     std: float = 0.01
+    scope: Literal["update", "example"] = "update"
 
     id: ClassVar[str]
     title: ClassVar[str]
@@ -31,7 +33,17 @@ class AdditiveNoise(ABC):
             raise InvalidInput(f"std={self.std}: expected a number ≥ 0")
 
     def __call__(self, mechanism: Mechanism) -> Mechanism:
+        if self.scope == "example" and not isinstance(undefended(mechanism), FedSGD):
+            raise InvalidInput(f"{self.id}:scope=example: expected fedsgd as training")
         return _Noised(mechanism, self) if self.std > 0 else mechanism
+
+    @abstractmethod
+    def averaged(self, batch_size: int) -> Self:
+        """Noise on the update that amounts to this noise on every example.
+
+        Raises:
+            IntractableLikelihood: it has another law.
+        """
 
     @abstractmethod
     def draw(self, like: Tensor, generator: torch.Generator) -> Tensor:
@@ -41,14 +53,21 @@ class AdditiveNoise(ABC):
     def log_density(self, residual: Tensor) -> Tensor:
         """Log-density of noise at every coordinate, in nats."""
 
+    @abstractmethod
+    def log_cdf(self, x: Tensor) -> Tensor:
+        """Log-probability of noise below x at every coordinate, in nats."""
+
     def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
         n = sum(v.numel() for v in after.values.values())
         measured = norm(difference(after, before)) / math.sqrt(n)
+        std = self.std
+        if self.scope == "example" and measured > 0:  # as over the nearest number of examples
+            std /= math.sqrt(max(1, round((std / measured) ** 2)))
         # Standard error of a root mean square: std/2 · √((kurtosis − 1) / n); 5 of them, P < 1e-6.
-        allowed = 5 * self.std / 2 * math.sqrt((self.kurtosis - 1) / n) + 1e-3 * self.std
-        if abs(measured - self.std) <= allowed:
+        allowed = 5 * std / 2 * math.sqrt((self.kurtosis - 1) / n) + 1e-3 * std
+        if abs(measured - std) <= allowed:
             return None
-        return f"claims std {self.std:g} and adds {{:.3g}}", measured
+        return f"claims std {std:g} and adds {{:.3g}}", measured
 
 
 @dataclass(frozen=True)
@@ -57,11 +76,16 @@ class GaussianNoise(AdditiveNoise):
 
     Args:
         std: standard deviation, in units of the update.
+        scope: by "example", every example's gradient gets noise of its own before the mean over
+            examples: std/√b on the update.
     """
 
     id: ClassVar[str] = "gaussian-noise"
     title: ClassVar[str] = "Gaussian noise"
     kurtosis: ClassVar[float] = 3.0
+
+    def averaged(self, batch_size: int) -> Self:
+        return replace(self, std=self.std / math.sqrt(batch_size), scope="update")
 
     def draw(self, like: Tensor, generator: torch.Generator) -> Tensor:
         return (self.std * normal(like.shape, generator=generator, dtype=like.dtype)).to(
@@ -72,6 +96,10 @@ class GaussianNoise(AdditiveNoise):
         constant = math.log(self.std) + 0.5 * math.log(2 * math.pi)
         return -((residual / self.std) ** 2) / 2 - constant
 
+    def log_cdf(self, x: Tensor) -> Tensor:
+        found: Tensor = torch.special.log_ndtr(x / self.std)
+        return found
+
 
 @dataclass(frozen=True)
 class LaplaceNoise(AdditiveNoise):
@@ -79,6 +107,8 @@ class LaplaceNoise(AdditiveNoise):
 
     Args:
         std: standard deviation, in units of the update.
+        scope: by "example", every example's gradient gets noise of its own before the mean over
+            examples, which is no longer Laplace: no likelihood above one example.
     """
 
     id: ClassVar[str] = "laplace-noise"
@@ -90,6 +120,11 @@ class LaplaceNoise(AdditiveNoise):
         """Laplace's b, the mean absolute deviation."""
         return self.std / math.sqrt(2)
 
+    def averaged(self, batch_size: int) -> Self:
+        if batch_size > 1:
+            raise IntractableLikelihood(f"mean of {batch_size} Laplace draws: not Laplace")
+        return replace(self, scope="update")
+
     def draw(self, like: Tensor, generator: torch.Generator) -> Tensor:
         uniform = torch.rand(like.shape, generator=generator, dtype=torch.float64) - 0.5
         tail = torch.log1p(-2 * uniform.abs().clamp(max=0.5 - 2**-54))
@@ -97,6 +132,10 @@ class LaplaceNoise(AdditiveNoise):
 
     def log_density(self, residual: Tensor) -> Tensor:
         return -residual.abs() / self.scale - math.log(2 * self.scale)
+
+    def log_cdf(self, x: Tensor) -> Tensor:
+        tail = -x.abs() / self.scale
+        return torch.where(x < 0, tail - math.log(2), torch.log1p(-tail.exp() / 2))
 
 
 @dataclass(frozen=True)
@@ -112,13 +151,23 @@ class _Noised(Wrapped):
 
     def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
         clean = self.inner.sample(state, batch, generator=generator)
-        noisy = {k: v + self.rule.draw(v, generator) for k, v in clean.values.items()}
+        draws = len(batch) if self.rule.scope == "example" else 1
+        noisy = {
+            k: v + sum(self.rule.draw(v, generator) for _ in range(draws)) / draws
+            for k, v in clean.values.items()
+        }
         return Update(noisy, clean.kind)
 
     def likelihood(self, *, batch_size: int) -> Likelihood:
-        return noised(self.inner, self.rule)
+        rule = self.rule
+        return noised(self.inner, rule.averaged(batch_size) if rule.scope == "example" else rule)
 
     def noised(self, noise: Noise) -> Likelihood:
-        if isinstance(noise, GaussianNoise) and isinstance(self.rule, GaussianNoise):
-            return noised(self.inner, GaussianNoise(math.hypot(noise.std, self.rule.std)))
+        own = self.rule
+        if (
+            isinstance(noise, GaussianNoise)
+            and isinstance(own, GaussianNoise)
+            and own.scope == "update"
+        ):
+            return noised(self.inner, GaussianNoise(math.hypot(noise.std, own.std)))
         raise IntractableLikelihood("two kinds of noise on one update: no exact density")

@@ -47,7 +47,7 @@ class Soteria:
             raise InvalidInput(f"prune_rate={self.prune_rate}: expected a percentage in [0, 100)")
 
     def __call__(self, mechanism: Mechanism) -> Mechanism:
-        return _Masked(mechanism, self) if self.prune_rate > 0 else mechanism
+        return _Muted(mechanism, self) if self.prune_rate > 0 else mechanism
 
     def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
         old, new = before.values, after.values
@@ -139,7 +139,7 @@ def _entering(model: nn.Module, layer: str, found: list[Tensor]) -> Iterator[Non
 
 
 @dataclass(frozen=True)
-class _Masked(Wrapped):
+class _Muted(Wrapped):
     rule: Soteria
 
     def mean(self, state: ModelState, batch: Batch) -> Update:

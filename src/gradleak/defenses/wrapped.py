@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
@@ -36,22 +37,74 @@ class Defense(Protocol):
 
 
 class Noise(Protocol):
-    """The law of independent noise on every coordinate."""
+    """The symmetric law of independent noise on every coordinate."""
 
     def log_density(self, residual: Tensor) -> Tensor:
         """Log-density of noise at every coordinate, in nats, shaped as `residual`."""
         ...
 
+    def log_cdf(self, x: Tensor) -> Tensor:
+        """Log-probability of noise below x at every coordinate, in nats, exact in the tails."""
+        ...
+
+
+class Separable(ABC):
+    """A density under which coordinates of the update are independent, given the centre."""
+
+    @abstractmethod
+    def terms(
+        self, centre: Mapping[str, Tensor], update: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Log-density of every coordinate, in nats, shaped as the update."""
+
+    def __call__(self, centre: Mapping[str, Tensor], update: Mapping[str, Tensor]) -> Tensor:
+        return -torch.stack([t.sum() for t in self.terms(centre, update).values()]).sum()
+
 
 @dataclass(frozen=True)
-class Around:
+class Around(Separable):
     """−log p of noise added to the centre: Σ_j −log n(u_j − c_j)."""
 
     noise: Noise
 
-    def __call__(self, centre: Mapping[str, Tensor], update: Mapping[str, Tensor]) -> Tensor:
-        terms = [self.noise.log_density(update[k] - c).sum() for k, c in centre.items()]
-        return -torch.stack(terms).sum()
+    def terms(
+        self, centre: Mapping[str, Tensor], update: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return {k: self.noise.log_density(update[k] - c) for k, c in centre.items()}
+
+
+def log_mass(noise: Noise, low: Tensor, high: Tensor) -> Tensor:
+    """log P(low < e < high) at every coordinate, in nats, exact in both tails."""
+    right = low + high > 0
+    low, high = torch.where(right, -high, low), torch.where(right, -low, high)
+    upper = noise.log_cdf(high)
+    gap = (noise.log_cdf(low) - upper).clamp(max=-torch.finfo(low.dtype).eps)
+    rest = torch.where(gap > -math.log(2), (-torch.expm1(gap)).log(), torch.log1p(-gap.exp()))
+    return upper + rest
+
+
+def separable(mechanism: Mechanism, *, batch_size: int) -> tuple[Mechanism, Separable]:
+    """Centre and density of a mechanism whose coordinates are independent.
+
+    Raises:
+        IntractableLikelihood: it has no density, or not of this kind.
+    """
+    known = mechanism.likelihood(batch_size=batch_size)
+    if not isinstance(known.density, Separable):
+        raise IntractableLikelihood("coordinates of the update depend on each other: no density")
+    return known.centre, known.density
+
+
+def noise_inside(mechanism: Mechanism, *, batch_size: int) -> tuple[Mechanism, Noise]:
+    """Centre and noise of a mechanism that ends in additive noise.
+
+    Raises:
+        IntractableLikelihood: it ends in something else.
+    """
+    known = mechanism.likelihood(batch_size=batch_size)
+    if not isinstance(known.density, Around):
+        raise IntractableLikelihood("not plain noise on the update: no exact density")
+    return known.centre, known.density.noise
 
 
 def noised(mechanism: Mechanism, noise: Noise) -> Likelihood:
@@ -123,6 +176,47 @@ class Mapped(Wrapped):
 
     def _mapped(self, update: Update) -> Update:
         return Update(self.rule.map(update.values), update.kind)
+
+
+@dataclass(frozen=True)
+class Masked(Mapped):
+    """ũ = m ⊙ u with a mask m of zeros and ones that everybody knows: `map` is linear."""
+
+    def mean(self, state: ModelState, batch: Batch) -> Update:
+        return self._mapped(self.inner.mean(state, batch))
+
+    def likelihood(self, *, batch_size: int) -> Likelihood:
+        if self.deterministic:
+            return super().likelihood(batch_size=batch_size)
+        centre, density = separable(self.inner, batch_size=batch_size)
+        return Likelihood(centre, _Sent(density, self.rule))
+
+    def noised(self, noise: Noise) -> Likelihood:
+        known = noised(self.inner, noise)
+        if not isinstance(known.density, Separable):
+            return super().noised(noise)
+        return Likelihood(known.centre, _Sent(known.density, self.rule, noise))
+
+
+@dataclass(frozen=True)
+class _Sent(Separable):
+    """The density of what a known mask lets through; the rest is exactly zero, or noise alone."""
+
+    density: Separable
+    rule: UpdateMap
+    noise: Noise | None = None
+
+    def terms(
+        self, centre: Mapping[str, Tensor], update: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        mask = self.rule.map({k: torch.ones_like(u) for k, u in update.items()})
+        sent = self.density.terms(centre, update)
+        return {k: torch.where(mask[k] != 0, t, self._rest(update[k])) for k, t in sent.items()}
+
+    def _rest(self, update: Tensor) -> Tensor:
+        if self.noise is not None:
+            return self.noise.log_density(update)
+        return torch.zeros_like(update).masked_fill(update != 0, -math.inf)
 
 
 def norm(update: Update) -> float:

@@ -72,6 +72,11 @@ class _OwnStatistics(nn.Module):
         return out * self.weight.reshape(shape) + self.bias.reshape(shape)
 
 
+def normalises(model: nn.Module) -> bool:
+    """Whether the network has a batch-normalisation layer."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
 def own_buffers(model: nn.Module, state: ModelState) -> dict[str, Tensor]:
     """The fixed tensors of `state` that `model`, a template or a part of one, has a place for."""
     own = {k for k, _ in model.named_buffers()} | {k for k, _ in model.named_parameters()}

@@ -25,6 +25,7 @@ FACTS = {
     "labels": "the labels of the batch",
     "bn_statistics": "the batch's batch-normalisation statistics",
     "minibatch_order": "the order in which local training visits the examples",
+    "prior": "a prior of the data, fitted to public examples",
 }
 SERVERS = {
     "honest": "Honest but curious: the server follows the protocol and studies what it receives.",

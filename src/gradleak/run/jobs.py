@@ -22,6 +22,7 @@ from gradleak.defenses import build as build_defense
 from gradleak.errors import InvalidInput
 from gradleak.mechanisms import FedAvg, FedSGD
 from gradleak.mechanisms.client import BatchNormMode
+from gradleak.run.beliefs import Belief
 from gradleak.run.settings import AuditSettings
 from gradleak.run.states import Broadcast
 from gradleak.threat import ThreatModel
@@ -60,6 +61,9 @@ class JobSpec:
         attack: id of the attack; `attack_spec` has every field.
         defense: id of the protection; `defense_spec` has every field.
         knows: facts granted.
+        prior: notation of the prior that attackers are given, with every field.
+        prior_file: where it lies, relative to `directory`.
+        prior_digest: content of that file.
         bn_knowledge: what the attacker knows of batch-normalisation layers.
         server: server behaviour.
         seed: of the run.
@@ -95,6 +99,9 @@ class JobSpec:
     defense: str
     defense_spec: str
     knows: tuple[str, ...]
+    prior: str | None
+    prior_file: str | None
+    prior_digest: str | None
     bn_knowledge: str
     server: str
     seed: int
@@ -124,7 +131,7 @@ class JobSpec:
         """
         content = self.to_json()
         for name in (
-            "key", "directory", "data", "data_dir", "state", "engine", "trials_at_once",
+            "key", "directory", "data", "data_dir", "state", "prior_file", "engine", "trials_at_once",
         ):  # fmt: skip
             del content[name]
         content["version"] = version()
@@ -245,6 +252,7 @@ def plan(
     division: Split,
     *,
     states: Mapping[str, Broadcast],
+    belief: Belief | None = None,
 ) -> list[JobSpec]:
     """All jobs of a run, in the order in which a reader wants their findings.
 
@@ -253,6 +261,7 @@ def plan(
         dataset: loaded data.
         division: its private and public halves.
         states: broadcast state by stage.
+        belief: the prior, where attackers are given one.
 
     Raises:
         InvalidInput: an unknown attack or protection, or more targets than there are examples.
@@ -307,6 +316,9 @@ def plan(
                             defense=defense_id,
                             defense_spec=full_defense,
                             knows=tuple(sorted(set(settings.knows))),
+                            prior=belief and belief.spec,
+                            prior_file=belief and belief.path,
+                            prior_digest=belief and belief.digest,
                             bn_knowledge=settings.bn_knowledge,
                             server=settings.server,
                             seed=settings.seed,

@@ -168,9 +168,8 @@ class _Load:
     """What jobs take along: data and states once per cluster, where to find modules, versions."""
 
     def __init__(self, jobs: Sequence[JobSpec]) -> None:
-        self._states = {
-            job.state: ray.put((Path(job.directory) / job.state).read_bytes()) for job in jobs
-        }
+        files = {(job.directory, name) for job in jobs for name in _files(job)}
+        self._files = {name: ray.put((Path(d) / name).read_bytes()) for d, name in files}
         kinds = {(job.data, job.data_dir) for job in jobs}
         self._data = {kind: ray.put(load_data(*kind)) for kind in kinds}
         self._task = ray.remote(
@@ -184,7 +183,7 @@ class _Load:
         """Hand a job to the cluster and return the stream of its answers."""
         return self._task.remote(
             job.to_json(),
-            self._states[job.state],
+            {name: [self._files[name]] for name in _files(job)},
             [self._data[job.data, job.data_dir]],  # in a list: fetched once per worker, not per job
             directory=str(Path.cwd()),
             path=[str(p) for p in sys.path],
@@ -192,9 +191,14 @@ class _Load:
         )
 
 
+def _files(job: JobSpec) -> list[str]:
+    """What a job reads from the directory of its run."""
+    return [name for name in (job.state, job.prior_file) if name is not None]
+
+
 def _answers(
     spec: dict[str, Any],
-    state: bytes,
+    files: dict[str, list[Any]],
     data: list[Any],
     *,
     directory: str,
@@ -211,9 +215,10 @@ def _answers(
     said: queue.Queue[float | Trial | BaseException] = queue.Queue()
     with tempfile.TemporaryDirectory(prefix="gradleak-") as scratch:
         job = JobSpec.from_json(spec | {"directory": scratch})
-        file = Path(scratch) / job.state
-        file.parent.mkdir(parents=True)
-        file.write_bytes(state)
+        for name, (content,) in files.items():
+            file = Path(scratch) / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(ray.get(content))
         threading.Thread(target=_run, args=(job, data[0], said), daemon=True).start()
         while isinstance(answer := said.get(), float):
             yield answer

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from gradleak.defenses import Wrapped, difference, norm, undefended
+from gradleak.mechanisms.client import normalises
 from gradleak.scenario import Scenario
 from gradleak.seeding import child
 from gradleak.threat import Truth
@@ -96,8 +96,7 @@ def _range(form: str, values: Sequence[float]) -> str:
 
 
 def _batch_norm(scenario: Scenario, seen: Observation) -> list[Doubt]:
-    model = seen.state.model
-    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+    if not normalises(seen.state.model):
         return []
     client = getattr(undefended(scenario.mechanism), "batch_norm", "eval")
     believed = getattr(undefended(seen.mechanism), "batch_norm", "eval")

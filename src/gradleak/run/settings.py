@@ -52,6 +52,8 @@ class AuditSettings:
         defense: protections, `ID:field=value,...`; `none` is always added by an audit.
         knows: facts granted to the attacker, all of them; from outside, names add to the default
             and "no-NAME" takes away.
+        prior: what public data say of private inputs, `ID:field=value,...`; used where `knows`
+            grants it.
         bn_knowledge: what the attacker knows of batch-normalisation layers.
         server: whether the server may alter the broadcast state.
         targets: updates attacked per finding.
@@ -86,6 +88,7 @@ class AuditSettings:
         "clip:norm=1",
     )
     knows: tuple[str, ...] = KNOWN_BY_DEFAULT
+    prior: str = "gaussian"
     bn_knowledge: BatchNormKnowledge = "inferred"
     server: Literal["honest", "malicious"] = "honest"
     targets: int | None = None
@@ -158,6 +161,11 @@ class AuditSettings:
             Condition.parse(condition)
 
     @property
+    def grants_prior(self) -> bool:
+        """Whether attackers are given the prior."""
+        return Fact.PRIOR in self.knows
+
+    @property
     def resolved_targets(self) -> int:
         """Targets of a finding, from the budget where not given."""
         return self.targets if self.targets is not None else TARGETS[self.budget]
@@ -179,7 +187,12 @@ class AuditSettings:
             if known == "knows":
                 value = granted([value] if isinstance(value, str) else value)
             values[known] = _typed(value, hints[known], where=option(known))
-        return cls(**values)
+        settings = cls(**values)
+        if "prior" in values and not settings.grants_prior:
+            raise InvalidInput(
+                f"--prior {settings.prior!r} contradicts --knows: expected --knows prior"
+            )
+        return settings
 
     def describe(self, given: Iterable[str]) -> dict[str, Any]:
         """The settings for the record: what was given, and what was defaulted."""

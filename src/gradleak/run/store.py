@@ -3,6 +3,7 @@
     trials.jsonl            one record per (scenario, attack, defence, target group, seed)
     tensors/<key>.safetensors
     tensors/state-<key>.safetensors
+    tensors/prior-<key>.safetensors
     engines.json            how attacks were vectorised, so that a resumed run does the same
 
 Tensors reach their final name before the line that mentions them is appended, and a line reaches

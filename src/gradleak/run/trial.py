@@ -21,6 +21,7 @@ from gradleak.attacks.parts.objective import Engine
 from gradleak.attacks.recipe import Recipe
 from gradleak.data import Dataset, Split
 from gradleak.errors import GradleakError, InvalidInput, NotApplicable
+from gradleak.run.beliefs import believed
 from gradleak.run.jobs import JobSpec, adaptive, client_of, derive
 from gradleak.run.preflight import merged, objective_warnings, preflight
 from gradleak.run.states import broadcast
@@ -144,6 +145,10 @@ def simulate_targets(job: JobSpec, dataset: Dataset, division: Split) -> list[_T
     state: ModelState = broadcast(
         Path(job.directory) / job.state, job.model, dataset.spec, job.device
     )
+    prior = None
+    if job.prior_file is not None:
+        file = Path(job.directory) / job.prior_file
+        prior = believed(file, str(job.prior_digest), job.device)
     mechanism = mechanism_of(job)
     spare = [] if job.spare is None else [(job.spare, -1)]
     targets = []
@@ -157,6 +162,7 @@ def simulate_targets(job: JobSpec, dataset: Dataset, division: Split) -> list[_T
             batch_size=job.batch_size,
             indices=division.clients[first : first + job.batch_size],
             client=client,
+            prior=prior,
         )
         generator = torch.Generator().manual_seed(derive(job.seed, "client", target))
         seen, truth = simulate(scenario, generator=generator)
@@ -255,6 +261,8 @@ def _record(job: JobSpec, *, state: str, reason: str | None) -> dict[str, Any]:
             "view": job.threat.view,
             "knows": sorted(job.threat.knows),
             "batch_norm": job.threat.batch_norm,
+            "prior": job.prior,
+            "prior_digest": job.prior_digest,
         },
         "attack": job.attack,
         "attack_spec": job.attack_spec,

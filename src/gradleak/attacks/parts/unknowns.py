@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from gradleak.seeding import child, normal
-from gradleak.types import DataSpec
+from gradleak.types import Batch, DataSpec
+
+_LEAST = 1e-4
+"""Probability of a class that a claim excludes: softmax never gives zero."""
 
 Variables = dict[str, Tensor]
 """Named tensors whose leading axis is the trial."""
@@ -51,6 +55,17 @@ class Images:
         if self.labels is None:
             variables["logits"] = torch.stack(logits)
         self.project_(variables)
+        return variables
+
+    def encode(self, claims: Sequence[Batch]) -> Variables:
+        """Variables that decode to these claims, one trial each."""
+        variables = {"inputs": torch.stack([c.inputs for c in claims]).to(self.dtype)}
+        if self.labels is None:
+            rows = [
+                one_hot(c.labels, self.spec.classes) if c.labels.ndim == 1 else c.labels
+                for c in claims
+            ]
+            variables["logits"] = torch.stack(rows).to(self.dtype).clamp(min=_LEAST).log()
         return variables
 
     def decode(self, variables: Variables, targets: Sequence[int]) -> tuple[Tensor, Tensor]:

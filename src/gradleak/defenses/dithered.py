@@ -1,0 +1,87 @@
+"""Stochastic rounding to a grid, whatever sets its width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gradleak.defenses.wrapped import Defense, Noise, Separable, Wrapped
+from gradleak.types import Batch, Likelihood, ModelState, Update
+
+
+class Grid(Defense, Protocol):
+    """A protection that rounds to multiples of a step."""
+
+    def steps(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Width of the grid for every tensor, 0-dimensional and positive."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dithered(Wrapped):
+    """ũ_j = s (⌊u_j/s⌋ + coin) with P(coin = 1) = u_j/s − ⌊u_j/s⌋, so that E ũ = u.
+
+    The attacker compares with the mean, which is the update before rounding.
+    """
+
+    rule: Grid
+
+    @property
+    def deterministic(self) -> bool:
+        return False
+
+    def mean(self, state: ModelState, batch: Batch) -> Update:
+        return self.inner.mean(state, batch)
+
+    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
+        clean = self.inner.sample(state, batch, generator=generator)
+        rounded = {}
+        for k, step in self.rule.steps(clean.values).items():
+            low, above = _below(clean.values[k], step)
+            coins = torch.rand(above.shape, generator=generator, dtype=torch.float64)
+            rounded[k] = step * (low + (coins.to(above.device) < above))
+        return Update(rounded, clean.kind)
+
+    def noised(self, noise: Noise) -> Likelihood:
+        if not self.inner.deterministic:
+            return super().noised(noise)
+        return Likelihood(self.inner, _TwoAtoms(self.rule, noise))
+
+
+@dataclass(frozen=True)
+class _TwoAtoms(Separable):
+    """(1 − w) n(u_j − low) + w n(u_j − low − s): noise on the two neighbours of c_j."""
+
+    rule: Grid
+    noise: Noise
+
+    def terms(
+        self, centre: Mapping[str, Tensor], update: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        found = {}
+        for k, step in self.rule.steps(centre).items():
+            low, above = _below(centre[k], step)
+            tiny = torch.finfo(above.dtype).tiny
+            found[k] = torch.logaddexp(
+                (1 - above).clamp(min=tiny).log() + self.noise.log_density(update[k] - step * low),
+                above.clamp(min=tiny).log() + self.noise.log_density(update[k] - step * (low + 1)),
+            )
+        return found
+
+
+def _below(value: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """The grid point below, in steps, and how far above it the value lies, in [0, 1)."""
+    scaled = value / step
+    low = scaled.detach().floor()
+    return low, scaled - low
+
+
+def off_grid(values: Mapping[str, Tensor], steps: Mapping[str, Tensor]) -> float:
+    """The farthest that any value lies off the multiples of its step, in steps."""
+    return max(
+        float((v / steps[k] - (v / steps[k]).round()).abs().max()) for k, v in values.items()
+    )

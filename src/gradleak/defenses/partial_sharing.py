@@ -1,0 +1,74 @@
+"""Partial sharing: some layers never leave the client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradleak.defenses.wrapped import Masked, norm
+from gradleak.errors import InvalidInput, nearest
+from gradleak.types import Mechanism, Update
+
+
+@dataclass(frozen=True)
+class PartialSharing:
+    """ũ = u, with zeros for the layers withheld.
+
+    Everybody knows which these are, so the adaptive attack leaves them out of its comparison.
+
+    Args:
+        withheld: "first:N" or "last:N" layers in the network's order (weight and bias of a layer
+            together), or names of layers or tensors joined by "/".
+    """
+
+    withheld: str = "first:1"
+
+    id: ClassVar[str] = "partial-sharing"
+    title: ClassVar[str] = "Partial sharing"
+
+    def __post_init__(self) -> None:
+        end, colon, count = self.withheld.partition(":")
+        if colon and not (end in ("first", "last") and count.isdecimal() and int(count) > 0):
+            raise InvalidInput(
+                f"withheld={self.withheld}: expected first:N, last:N, or names joined by '/'"
+            )
+
+    def __call__(self, mechanism: Mechanism) -> Mechanism:
+        return Masked(mechanism, self)
+
+    def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
+        hidden = self._hidden(after.values)
+        sent = norm(Update({k: v for k, v in after.values.items() if k in hidden}, after.kind))
+        if sent == 0:
+            return None
+        return f"claims to withhold {self.withheld} and sends norm {{:.3g}} of it", sent
+
+    def map(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put zeros in the place of what is withheld."""
+        hidden = self._hidden(values)
+        return {k: torch.zeros_like(v) if k in hidden else v for k, v in values.items()}
+
+    def _hidden(self, names: Iterable[str]) -> set[str]:
+        layers: dict[str, set[str]] = {}
+        for name in names:
+            layers.setdefault(name.rpartition(".")[0], set()).add(name)
+        end, colon, count = self.withheld.partition(":")
+        if not colon:
+            return set().union(*(self._named(wanted, names) for wanted in end.split("/")))
+        if int(count) > len(layers):
+            raise InvalidInput(f"withheld={self.withheld}: the network has {len(layers)} layers")
+        ordered = list(layers.values())
+        chosen = ordered[: int(count)] if end == "first" else ordered[-int(count) :]
+        return set().union(*chosen)
+
+    def _named(self, wanted: str, names: Iterable[str]) -> set[str]:
+        found = {n for n in names if n == wanted or n.startswith(f"{wanted}.")}
+        if not found:
+            raise InvalidInput(
+                f"withheld={self.withheld}: no layer {wanted!r}, {nearest(wanted, names)}"
+            )
+        return found
