@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, softplus
 
 import gradleak as gl
-from gradleak.attacks import LinearLayer
+from gradleak.attacks.closed_form.linear_layer import LinearLayer
 from gradleak.attacks.parts import smoothing
 from gradleak.data import load
 from gradleak.defenses import Precode, difference, norm, undefended
@@ -169,7 +169,7 @@ def test_a_network_without_a_bottleneck_is_refused_in_one_line() -> None:
 
 
 def test_a_frozen_noise_would_be_found() -> None:
-    """ε read off 40 updates, n = 120: its mean square is 1 ± 6 √(2/n), P < 1e-6; a frozen ε is 0."""
+    """ε read off 40 updates, n = 120: its mean square is 1 ± 6 √(2/n); a frozen ε is 0."""
     state, batch, source = state_of(Bottlenecked), batch_of(1), stream(6)
 
     def mean_square(update: Update) -> float:

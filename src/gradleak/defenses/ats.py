@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from gradleak.defenses.wrapped import Wrapped
+from gradleak.defenses.wrapped import Wrapped, difference, norm
 from gradleak.errors import IntractableLikelihood, InvalidInput, NotApplicable
 from gradleak.types import Batch, Mechanism, ModelState, Update
 
 _LUMA = (0.299, 0.587, 0.114)
 _MOST_OUTCOMES = 64
-_DARK = 1e-2
 
 
 class Operation(NamedTuple):
@@ -60,8 +59,8 @@ class ATS:
     by "/" (published: "+") every image draws one. Shifts fill with black, enhancements multiply by
     1 ± strength, values stay in [0, 1].
 
-    The gradient is an ordinary one of T(x), so the attack needs no change: its claim is T(x), which
-    shows the person as well as x does. Compare claims with T(x), or undo the shift (`restored`).
+    The gradient is an ordinary one of T(x), so the attack needs no change and claims T(x). Compare
+    its claims with what the client trained on (`transformed`): what T shows, the server sees.
 
     Source: Gao et al., "Privacy-preserving Collaborative Learning with Automatic Transformation
     Search", CVPR 2021; list, ranges and signs as in its code, which ignores the listed
@@ -91,8 +90,11 @@ class ATS:
         return _Transformed(mechanism, self)
 
     def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
-        """It claims nothing of the update's statistics."""
-        return None
+        """It claims nothing of the update's statistics; what it hides, scores do not show."""
+        return (
+            "changes the update by {:.0%} of its norm; the server recovers the transformed image, "
+            "and scores against the original understate that"
+        ), norm(difference(after, before)) / norm(before)
 
     @property
     def outcomes(self) -> list[Outcome]:
@@ -108,30 +110,6 @@ class ATS:
         """The transformation of one image."""
         outcomes = self.outcomes
         return outcomes[int(torch.randint(len(outcomes), (), generator=generator))]
-
-    def restored(self, inputs: Tensor) -> Tensor:
-        """Undo the shift of every image as far as its black border shows it; the rest stays grey.
-
-        Args:
-            inputs: (b, c, h, w) claims about T(x).
-        """
-        return torch.stack([self._unshifted(image) for image in inputs])
-
-    def _unshifted(self, image: Tensor) -> Tensor:
-        present = torch.ones_like(image)
-        candidates = []
-        for outcome in self.outcomes:
-            moves = tuple(step for step in outcome if step[0].name.startswith("shift"))
-            visible = applied(moves, present[None])[0]
-            border = image[visible == 0]
-            if border.numel() == 0 or float(border.mean()) <= _DARK:
-                candidates.append((int(border.numel()), moves))
-        if not candidates:
-            return image
-        _, moves = max(candidates, key=lambda c: c[0])
-        back = tuple((operation, -sign) for operation, sign in reversed(moves))
-        known = applied(back, applied(moves, present[None]))[0]
-        return torch.where(known > 0, applied(back, image[None])[0], 0.5)
 
 
 def applied(outcome: Outcome, inputs: Tensor) -> Tensor:
