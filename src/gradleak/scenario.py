@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.data import Dataset
-from gradleak.defenses import undefended
+from gradleak.defenses import rebased, undefended
 from gradleak.errors import InvalidInput
 from gradleak.mechanisms import FedAvg, FedSGD
 from gradleak.mechanisms.client import batch_norm_statistics
 from gradleak.seeding import child
-from gradleak.threat import ThreatModel, Truth, rebased
+from gradleak.threat import ThreatModel, Truth
 from gradleak.types import Batch, Exchange, Mechanism, ModelState, Observation, Prior
 
 

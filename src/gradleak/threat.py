@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from gradleak.defenses import Wrapped, undefended
+from gradleak.defenses import rebased, undefended
 from gradleak.errors import InvalidInput
-from gradleak.mechanisms import FedAvg, FedSGD
 from gradleak.mechanisms.client import running_statistics
 from gradleak.types import (
     Batch,
@@ -122,15 +120,3 @@ class ThreatModel:
             ),
             server=self.server,
         )
-
-
-def rebased(mechanism: Mechanism, **changes: object) -> Mechanism:
-    """Return the same onion around a changed core mechanism; unknown fields are left alone."""
-    if isinstance(mechanism, Wrapped):
-        outer = copy.copy(mechanism)
-        object.__setattr__(outer, "inner", rebased(mechanism.inner, **changes))
-        return outer
-    if not isinstance(mechanism, (FedSGD, FedAvg)):
-        return mechanism
-    known = {k: v for k, v in changes.items() if hasattr(mechanism, k)}
-    return replace(mechanism, **known)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gradleak.defenses.precode import precode
 from gradleak.types import Batch, DataSpec, ModelState
 
 SPEC = DataSpec.image((1, 4, 4), 3)
@@ -23,6 +24,14 @@ class TwoTwins(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.first(x.flatten(1)))
         return self.head(torch.tanh(self.other_twin(torch.tanh(self.twin(h)))))
+
+
+class Bottlenecked(TwoTwins):
+    """The same with a variational bottleneck before its head, for protections that need one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        precode(self, latent=3)
 
 
 class OneWeight(nn.Module):

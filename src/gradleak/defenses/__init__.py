@@ -6,16 +6,19 @@ GaussianNoise(std=0.01)(Clip(norm=1.0)(FedSGD()))
 from collections.abc import Callable
 from typing import Any
 
+from gradleak.defenses.ats import ATS
 from gradleak.defenses.clip import Clip
 from gradleak.defenses.noise import GaussianNoise, LaplaceNoise
 from gradleak.defenses.none import NoDefense
 from gradleak.defenses.partial_sharing import PartialSharing
+from gradleak.defenses.precode import Precode
 from gradleak.defenses.quantize import Quantize
 from gradleak.defenses.random_mask import RandomMask
 from gradleak.defenses.rounding import Round
 from gradleak.defenses.sign import Sign
+from gradleak.defenses.soteria import Soteria
 from gradleak.defenses.sparsify import TopK
-from gradleak.defenses.wrapped import Defense, Wrapped, difference, norm, undefended
+from gradleak.defenses.wrapped import Defense, Wrapped, difference, norm, rebased, undefended
 from gradleak.registry import build as _build
 from gradleak.types import Mechanism
 
@@ -32,6 +35,9 @@ DEFENSES: dict[str, type[Any]] = {
         Round,
         Sign,
         Clip,
+        Soteria,
+        ATS,
+        Precode,
     )
 }
 
@@ -52,6 +58,7 @@ def build(spec: str) -> Callable[[Mechanism], Mechanism]:
 
 
 __all__ = [
+    "ATS",
     "DEFENSES",
     "Clip",
     "Defense",
@@ -59,14 +66,17 @@ __all__ = [
     "LaplaceNoise",
     "NoDefense",
     "PartialSharing",
+    "Precode",
     "Quantize",
     "RandomMask",
     "Round",
     "Sign",
+    "Soteria",
     "TopK",
     "Wrapped",
     "build",
     "difference",
     "norm",
+    "rebased",
     "undefended",
 ]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from gradleak.errors import IntractableLikelihood
+from gradleak.mechanisms.fedavg import FedAvg
+from gradleak.mechanisms.fedsgd import FedSGD
 from gradleak.mechanisms.likelihood import Likely
 from gradleak.types import Batch, Likelihood, Mechanism, ModelState, Update, UpdateKind
 
@@ -231,3 +234,15 @@ def undefended(mechanism: Mechanism) -> Mechanism:
     while isinstance(mechanism, Wrapped):
         mechanism = mechanism.inner
     return mechanism
+
+
+def rebased(mechanism: Mechanism, **changes: object) -> Mechanism:
+    """Return the same onion around a changed core mechanism; unknown fields are left alone."""
+    if isinstance(mechanism, Wrapped):
+        outer = copy.copy(mechanism)
+        object.__setattr__(outer, "inner", rebased(mechanism.inner, **changes))
+        return outer
+    if not isinstance(mechanism, (FedSGD, FedAvg)):
+        return mechanism
+    known = {k: v for k, v in changes.items() if hasattr(mechanism, k)}
+    return replace(mechanism, **known)  # type: ignore[arg-type]

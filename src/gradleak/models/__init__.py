@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from gradleak.defenses.precode import precode
 from gradleak.errors import InvalidInput, nearest
 from gradleak.models.convnet import convnet
 from gradleak.models.factory import Factory, check_outputs, user_factory
@@ -53,18 +54,25 @@ MODELS: dict[str, ModelAbout] = {
     )
 }
 
+_PRECODE = "+precode"
+
 
 def build(name: str, spec: DataSpec, *, seed: int) -> nn.Module:
     """Build the network called `name` for data of form `spec`.
 
     Args:
-        name: an identifier of `MODELS`, or `package.module:factory` for the user's own network.
+        name: an identifier of `MODELS`, or `package.module:factory` for the user's own network;
+            either may end in "+precode", which puts a variational bottleneck before its head.
         spec: form of the data; the network maps (b, *spec.shape) to (b, spec.classes) logits.
         seed: fixes the initial weights; torch's global random state is left as it was.
 
     Raises:
         InvalidInput: unknown name, or a network that does not fit the data.
     """
+    if name.endswith(_PRECODE):
+        model = build(name.removesuffix(_PRECODE), spec, seed=seed)
+        with seeded(seed):
+            return precode(model)
     if name in MODELS:
         if spec.modality != "image":
             raise InvalidInput(f"model {name!r} takes images: the data are {spec.modality}")

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from gradleak.data.records import Dataset
+from gradleak.defenses.precode import VariationalBottleneck
 from gradleak.errors import Diverged, InvalidInput, nearest
 from gradleak.models.seeding import seeded
 from gradleak.types import ModelState
@@ -82,6 +83,7 @@ def train(
             "expected steps >= 0, batch size >= 1 and a positive rate"
         )
     pupil = copy.deepcopy(model).train()
+    bottlenecks = [m for m in pupil.modules() if isinstance(m, VariationalBottleneck)]
     device = next(pupil.parameters()).device
     optimiser = torch.optim.Adam(
         [p for p in pupil.parameters() if p.requires_grad], lr=learning_rate
@@ -92,6 +94,8 @@ def train(
         for step, chosen in enumerate(batches, start=1):
             batch = dataset.batch(chosen)
             loss = F.cross_entropy(pupil(batch.inputs.to(device)), batch.labels.to(device))
+            for bottleneck in bottlenecks:
+                loss = loss + bottleneck.penalty()
             if not math.isfinite(loss.item()):
                 raise Diverged(
                     f"training on {dataset.name!r}: loss {loss.item()} at step {step}; "
