@@ -1,4 +1,4 @@
-"""What there is: attacks, protections, networks and data sets."""
+"""What there is: attacks, protections, networks, data sets and reproductions."""
 
 from __future__ import annotations
 
@@ -66,11 +66,28 @@ def data() -> list[dict[str, Any]]:
     return [dataclasses.asdict(about) | {"shape": list(about.shape)} for about in DATASETS.values()]
 
 
+def reproductions() -> list[dict[str, Any]]:
+    """Every published table that can be computed again."""
+    from gradleak.reproductions import REPRODUCTIONS
+
+    return [
+        {
+            "id": each.id,
+            "title": each.title,
+            "paper": each.paper,
+            "link": each.link,
+            "deviations": list(each.deviations),
+        }
+        for each in REPRODUCTIONS.values()
+    ]
+
+
 KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "attacks": attacks,
     "defenses": defenses,
     "models": models,
     "data": data,
+    "reproductions": reproductions,
 }
 
 _COLUMNS = {
@@ -78,6 +95,7 @@ _COLUMNS = {
     "defenses": ("id", "title", "about", "fields"),
     "models": ("id", "title", "batch_norm"),
     "data": ("id", "title", "shape", "classes", "embedded", "licence"),
+    "reproductions": ("id", "title", "paper", "link"),
 }
 
 
