@@ -73,15 +73,15 @@ class CellJob:
 def run_cell(job: Mapping[str, Any], *, progress: Callable[[float], None]) -> Trial:
     """Compute the cell of a job as plain values; an error is a record too."""
     reproduction = resolve(job["owner"])()
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         record = reproduction.run(
             job["cell"]["content"], job["found"], data_dir=job["data_dir"], progress=progress
         )
     except Exception as error:  # one cell must not take the table with it
         return _failed(job["key"], f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
-    seconds = time.perf_counter() - started
-    return Trial({"key": job["key"], "state": "measured", "seconds": seconds, **record})
+    seconds = time.process_time() - started
+    return Trial({"key": job["key"], "state": "measured", "cpu_seconds": seconds, **record})
 
 
 def _failed(key: str, reason: str) -> Trial:
@@ -140,7 +140,7 @@ def reproduce(
             "deviations": list(reproduction.deviations),
             "command": _command(reproduction, request),
             "environment": environment("cpu"),
-            "seconds": sum(record["seconds"] for record in records.values()),
+            "cpu_seconds": sum(record["cpu_seconds"] for record in records.values()),
             "rows": [row.to_json() for row in reproduction.rows(cells, records)],
         }
         write_whole(directory / RESULT_FILE, jsonsafe.dumps(result, indent=1) + "\n")
