@@ -112,6 +112,7 @@ _SIZES = {
 }
 
 _TRAINING_STEPS = 100
+_TIED_DB = 0.01
 
 
 class BayesTable(Reproduction):
@@ -482,7 +483,7 @@ def _word(gain: Estimate) -> str:
 
 
 def _signed(gain: Estimate) -> int:
-    """Sign of a gain whose interval excludes 0, else 0."""
+    """Sign of a gain whose interval excludes 0 by more than rounding, else 0."""
     assert gain.low is not None
     assert gain.high is not None
-    return int(gain.low > 0) - int(gain.high < 0)
+    return int(gain.low > _TIED_DB) - int(gain.high < -_TIED_DB)
