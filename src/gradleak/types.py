@@ -392,7 +392,11 @@ class Reconstruction:
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a reader needs to know about an attack before trusting a number of it."""
+    """What a reader needs to know about an attack before trusting a number of it.
+
+    `likelihood` and `prior` say which posterior it maximises: p(update | claim) and p(claim) of the
+    Bayesian framework (Balunović et al., ICLR 2022).
+    """
 
     id: str
     title: str
@@ -400,6 +404,8 @@ class About:
     link: str
     modalities: frozenset[Modality]
     needs: frozenset[Fact]
+    likelihood: str
+    prior: str
     server: ServerBehaviour = "honest"
     deviations: tuple[str, ...] = ()
 

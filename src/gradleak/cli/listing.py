@@ -25,6 +25,8 @@ def attacks() -> list[dict[str, Any]]:
             "link": about.link,
             "modalities": sorted(about.modalities),
             "needs": sorted(about.needs),
+            "likelihood": about.likelihood,
+            "prior": about.prior,
             "server": about.server,
             "deviations": list(about.deviations),
             "fields": _fields(attack),
@@ -108,7 +110,7 @@ KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 }
 
 _COLUMNS = {
-    "attacks": ("id", "title", "needs", "fields", "link"),
+    "attacks": ("id", "title", "likelihood", "prior", "needs", "fields"),
     "defenses": ("id", "title", "about", "fields"),
     "priors": ("id", "title", "proper", "fields"),
     "models": ("id", "title", "batch_norm"),

@@ -39,6 +39,8 @@ class LinearLayer:
         link="https://arxiv.org/abs/2003.14053",
         modalities=frozenset({"image", "tabular"}),
         needs=frozenset({Fact.BATCH_SIZE}),
+        likelihood="exact equations",
+        prior="none",
         deviations=(
             "least squares over all units (published: one unit), the same without noise",
             "coordinates that a sparsifier dropped are left out of the sums",

@@ -54,6 +54,8 @@ class Bayes(Recipe):
         link="https://arxiv.org/abs/2111.04706",
         modalities=frozenset({"image"}),
         needs=frozenset({Fact.BATCH_SIZE}),
+        likelihood="the protection's own",
+        prior="squared variation",
         deviations=(
             "the published search evaluates the ball's centre alone, so this is the maximum a "
             "posteriori; so does ours",

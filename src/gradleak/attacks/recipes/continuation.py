@@ -81,6 +81,8 @@ class Continuation(Recipe):
         link="https://arxiv.org/abs/2003.14053",
         modalities=frozenset({"image"}),
         needs=frozenset({Fact.BATCH_SIZE}),
+        likelihood="of directions (cosine), through smoothed networks",
+        prior="squared variation that fades",
         deviations=(
             "the path of smooth networks is ours; no paper is reproduced",
             "spreads of activations come from random fields with the spectrum of photographs, "

@@ -44,6 +44,8 @@ class DLG(Recipe):
         link="https://arxiv.org/abs/1906.08935",
         modalities=frozenset({"image"}),
         needs=frozenset({Fact.BATCH_SIZE}),
+        likelihood="Gaussian (squared L2)",
+        prior="none",
         deviations=(
             "float64 and a strong Wolfe line search (published: float32, fixed step 1)",
             "several restarts chosen by the objective (published code: one)",

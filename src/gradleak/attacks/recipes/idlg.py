@@ -37,6 +37,8 @@ class IDLG(DLG):
         link="https://arxiv.org/abs/2001.02610",
         modalities=frozenset({"image"}),
         needs=frozenset({Fact.BATCH_SIZE}),
+        likelihood="Gaussian (squared L2), the label settled first",
+        prior="none",
         deviations=DLG.about.deviations,
     )
 

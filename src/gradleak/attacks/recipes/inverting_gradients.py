@@ -52,6 +52,8 @@ class InvertingGradients(Recipe):
         link="https://arxiv.org/abs/2003.14053",
         modalities=frozenset({"image"}),
         needs=frozenset({Fact.BATCH_SIZE}),
+        likelihood="of directions (cosine)",
+        prior="total variation in the box",
         deviations=(
             "images are searched in pixel units, normalisation being part of the network",
             "total-variation weight 0.003, chosen on public images (published code: 0.1)",

@@ -66,6 +66,8 @@ class Posterior(Recipe):
         link="https://arxiv.org/abs/2111.04706",
         modalities=frozenset({"image"}),
         needs=frozenset({Fact.BATCH_SIZE}),
+        likelihood="the protection's own",
+        prior="the one granted, else total variation",
         deviations=(
             "annealing to a schedule of ours, starts at the prior's mean and draws, chosen by the "
             "posterior; no weight is tuned",
