@@ -43,7 +43,7 @@ distclean: clean ## remove the environment too
 
 # A stamp file per layer: set-up runs again only when the declared dependencies change.
 $(VENV)/.dev: $(VENV)/.core
-	$(INSTALL) -e '.[data,dev]'
+	$(INSTALL) -e '.[data,dp,dev]'
 	@touch $@
 
 $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 
 import gradleak as gl
-from gradleak import auditing, jsonsafe
+from gradleak import auditing, jsonsafe, priors
 from gradleak.errors import InvalidInput
 from gradleak.report.schema import validate_result
 from gradleak.run import trial
@@ -36,6 +36,37 @@ def test_what_is_written(report: gl.LeakageReport) -> None:
     assert "Stages of training other than init" in result["not_tested"]
     assert result["command"].startswith("gradleak audit --data digits --model mlp --attack linear")
     assert report.page.stat().st_size > 0
+
+
+def test_a_granted_prior_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: gl.LeakageReport
+) -> None:
+    settings = report.result["settings"]["defaulted"]
+    assert settings["prior"] is settings["prior_digest"] is None
+    assert report.findings[0]["threat"]["prior"] is None
+
+    held = []
+    grant = gl.ThreatModel.grant
+
+    def watched(*arguments: Any) -> gl.Observation:
+        seen = grant(*arguments)
+        held.append(seen.knowledge.prior)
+        return seen
+
+    monkeypatch.setattr(gl.ThreatModel, "grant", watched)
+    small = SMALL | {"attacks": "linear-layer", "defenses": "none", "targets": 1}
+    first = gl.audit(**small, knows="prior", prior="pca:rank=8", out=tmp_path)
+    assert {type(prior) for prior in held} == {priors.Gaussians}
+    given = first.result["settings"]["given"]
+    assert given["prior"] == "pca:rank=8"
+    (file,) = tmp_path.glob("tensors/prior-*.safetensors")
+    assert given["prior_digest"] == priors.digest(priors.load(file))
+    assert first.findings[0]["threat"]["prior_digest"] == given["prior_digest"]
+    assert "Priors other than pca:rank=8" in first.result["not_tested"]
+
+    monkeypatch.setattr(priors, "fit", lambda *_, **__: pytest.fail("fitted again"))
+    again = gl.audit(**small, knows="prior", prior="pca:rank=8", out=tmp_path)
+    assert again.findings == first.findings
 
 
 def test_findings_are_named_and_measured(report: gl.LeakageReport) -> None:

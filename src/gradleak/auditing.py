@@ -129,6 +129,7 @@ def audit(
     clients: int | None = None,
     seed: int | None = None,
     budget: str | None = None,
+    ceiling: bool | None = None,
     device: str | None = None,
     workers: int | None = None,
     memory: float | None = None,
@@ -165,6 +166,7 @@ def audit(
         "clients": clients,
         "seed": seed,
         "budget": budget,
+        "ceiling": ceiling,
         "device": device,
         "workers": workers,
         "memory": memory,
@@ -233,6 +235,7 @@ def run_audit(
             settings,
             records,
             given=given,
+            belief=belief,
             command=command_line(settings, given, verb=verb),
             seconds=clock(),
         )
@@ -476,8 +479,8 @@ class _Engines:
         size = len(job.targets) + (job.spare is not None)
         kind = "/".join(
             map(str, (job.attack_spec, job.defense_spec, job.model, job.data_fingerprint,
-                      job.mechanism, job.local_steps, job.batch_norm, ",".join(job.knows), job.prior,
-                      job.batch_size, size, job.device))
+                      job.mechanism, job.local_steps, job.batch_norm, ",".join(job.knows),
+                      job.prior, job.batch_size, size, job.device))
         )  # fmt: skip
         if kind not in self._known:
             watcher.preparing(f"measuring how {job.attack} runs fastest")
@@ -496,6 +499,7 @@ def _result(
     records: Sequence[Mapping[str, Any]],
     *,
     given: Sequence[str],
+    belief: Belief | None,
     command: str,
     seconds: float,
 ) -> dict[str, Any]:
@@ -504,12 +508,17 @@ def _result(
     found = findings(records)
     conditions = [Condition.parse(text) for text in settings.fail_on]
     held = {c.text: c.holding(found) for c in conditions}
+    described = settings.describe(given)
+    for side in described.values():
+        if "prior" in side:
+            side["prior"] = belief and belief.spec
+            side["prior_digest"] = belief and belief.digest
     return {
         "schema_version": SCHEMA_VERSION,
         "gradleak_version": version(),
         "headline": headline(found),
         "command": command,
-        "settings": settings.describe(given),
+        "settings": described,
         "environment": _environment(settings),
         "seconds": seconds,
         "fail_on": [

@@ -113,7 +113,7 @@ def test_a_recorded_update(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (tmp_path / "out" / "reconstruction.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("kind", ["attacks", "defenses", "models", "data"])
+@pytest.mark.parametrize("kind", ["attacks", "defenses", "priors", "models", "data"])
 def test_lists(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["list", kind]) == 0
     table = capsys.readouterr().out
@@ -122,6 +122,9 @@ def test_lists(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows
     for row in rows:
         assert row["id"] in table
+    if kind == "priors":
+        assert {"id", "title", "proper", "fields"} <= rows[0].keys()
+        assert [row["id"] for row in rows if not row["proper"]] == ["tv"]
     if kind == "attacks":
         needed = {"id", "title", "paper", "link", "modalities", "needs", "server", "deviations"}
         assert all(needed <= row.keys() for row in rows)
@@ -133,7 +136,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
     shown = capsys.readouterr().out
     assert "audit" in shown
-    for unbuilt in ("train", "reproduce", "prior", "ray", "aggregate"):
+    for unbuilt in ("train", "reproduce", "ray", "aggregate"):
         assert unbuilt not in shown
     assert run(["audit", "--help"]) == 0
     assert "--fail-on" in capsys.readouterr().out

@@ -60,6 +60,19 @@ SIMPLE = {
     ),
     "unknown batch norm knowledge": (audit("--bn-knowledge", "exakt"), "exact"),
     "unknown fact": (audit("--knows", "labels,lables"), "did you mean 'labels'"),
+    "unknown prior": (
+        audit("--knows", "prior", "--prior", "gausian"),
+        "unknown prior 'gausian': did you mean 'gaussian'",
+    ),
+    "unknown prior field": (
+        audit("--knows", "prior", "--prior", "gaussian:shrink=1"),
+        "did you mean 'shrinkage'",
+    ),
+    "prior with more than all shrunk": (
+        audit("--knows", "prior", "--prior", "gaussian:shrinkage=2"),
+        "share in [0, 1]",
+    ),
+    "prior that nobody is given": (audit("--prior", "pca"), "expected --knows prior"),
     "unknown server": (audit("--server", "evil"), "honest"),
     "unknown budget": (audit("--budget", "quik"), "did you mean 'quick'"),
     "targets that are no number": (audit("--targets", "x"), "valid integer"),

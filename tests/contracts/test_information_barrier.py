@@ -7,15 +7,19 @@ import io
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import gradleak as gl
+from gradleak import priors
 from gradleak.attacks import ATTACKS
 from gradleak.data import Dataset
 from gradleak.errors import NotApplicable
+from gradleak.run.beliefs import fitted
+from gradleak.run.trial import divide
 from gradleak.threat import Truth
 from gradleak.types import Attack, Batch, Fact, ModelState, Observation, Reconstruction
 from tests.laws.small import SPEC, Normalised, stream
@@ -99,8 +103,15 @@ def private_scenario(*facts: Fact) -> tuple[Observation, Truth]:
         torch.manual_seed(0)
         state = ModelState.of(Normalised())
     mechanism = gl.FedAvg(order="shuffled", minibatch_size=1)
+    public = Batch(torch.rand((9, 1, 4, 4), generator=stream(7)), torch.arange(9) % 3)
     scenario = gl.Scenario(
-        data, state, mechanism, gl.ThreatModel(knows), batch_size=3, indices=torch.tensor([3, 1, 2])
+        data,
+        state,
+        mechanism,
+        gl.ThreatModel(knows),
+        batch_size=3,
+        indices=torch.tensor([3, 1, 2]),
+        prior=priors.fit("gaussian", public, SPEC, seed=0),
     )
     return gl.simulate(scenario, generator=stream(6))
 
@@ -136,6 +147,7 @@ def test_a_fact_is_known_only_if_granted(fact: Fact) -> None:
             Fact.BN_STATISTICS: seen.knowledge.bn_statistics is not None,
             Fact.MINIBATCH_ORDER: getattr(seen.mechanism, "fixed_order", None) is not None,
             Fact.MECHANISM: True,
+            Fact.PRIOR: seen.knowledge.prior is not None,
         }[fact]
 
     granted, truth = private_scenario(fact)
@@ -143,6 +155,34 @@ def test_a_fact_is_known_only_if_granted(fact: Fact) -> None:
     assert known(private_scenario()[0]) == (fact in (Fact.MECHANISM, Fact.BATCH_SIZE))
     if fact is Fact.LABELS:
         assert torch.equal(granted.knowledge.labels, truth.batch.labels)  # type: ignore[arg-type]
+
+
+def test_a_granted_prior_must_exist() -> None:
+    data = Dataset.of("d", torch.rand((4, 1, 4, 4)), torch.tensor([0, 1, 2, 1]))
+    threat = gl.ThreatModel(frozenset({Fact.PRIOR}))
+    with pytest.raises(gl.InvalidInput, match=r"Scenario\(prior=\.\.\.\)"):
+        gl.simulate(gl.Scenario(data, Normalised(), threat=threat), generator=stream(0))
+
+
+@pytest.mark.parametrize("identifier", priors.PRIORS)
+def test_no_private_example_reaches_the_prior_of_a_run(identifier: str, tmp_path: Path) -> None:
+    """H0: the prior depends on the public half alone. Exact: the digest covers every bit."""
+    images, labels = torch.rand((60, 1, 4, 4), generator=stream(8)), torch.arange(60) % 3
+    data = Dataset.of("before", images, labels)
+    division = divide(data, 0)
+
+    def prior_of(changed: Tensor, name: str) -> str:
+        other = images.clone()
+        other[changed] = torch.rand((1, 1, 4, 4), generator=stream(9))
+        (tmp_path / name / "tensors").mkdir(parents=True)
+        world = Dataset.of(name, other, labels)
+        assert torch.equal(divide(world, 0).public, division.public)
+        return fitted(identifier, world, division.public, seed=0, directory=tmp_path / name).digest
+
+    before = prior_of(division.clients[:0], "before")
+    assert prior_of(division.clients, "private examples replaced") == before
+    if identifier != "box":  # which knows the bounds alone; the others show that the test can fail
+        assert prior_of(division.public[:1], "a public example replaced") != before
 
 
 def test_an_unaware_attacker_believes_in_no_protection() -> None:
@@ -162,7 +202,9 @@ def test_observe_has_no_door_for_private_inputs() -> None:
     import inspect
 
     names = set(inspect.signature(gl.observe).parameters)
-    assert names == {"model", "update", "data", "batch_size", "kind", "loss", "mechanism", "labels"}
+    assert names == {
+        "model", "update", "data", "batch_size", "kind", "loss", "mechanism", "labels", "prior"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("identifier", ATTACKS)

@@ -69,3 +69,22 @@ def test_network_of_the_how_to_fits_its_data(monkeypatch: pytest.MonkeyPatch) ->
     module = run("docs/how-to/audit-your-model.md", monkeypatch)
     spec = DataSpec.image((3, 15, 17), classes=4)
     assert module.small(spec)(torch.zeros(2, *spec.shape)).shape == (2, 4)
+
+
+def test_prior_of_the_docs_foretells_unseen_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = run("docs/priors.md", monkeypatch)
+    assert f"{float(module.nats.mean()) / 64:.2f}" == "0.78"  # as its table says
+    box = module.priors.fit("box", module.unseen, module.digits.spec, seed=0)
+    assert module.nats.mean() > box.log_prob(module.trials).mean()
+    assert module.start.shape == module.unseen.inputs.shape
+    assert module.drawn.shape == (4, 1, 8, 8)
+
+
+def test_bounds_of_the_page_are_neither_trivial_nor_violated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = run("docs/bounds.md", monkeypatch)
+    assert 0 < module.floor.proved < module.prior_std**2
+    printed = capsys.readouterr().out
+    assert "without noise: 16 of 16" in printed
+    assert "violated: False" in printed

@@ -32,7 +32,9 @@ def test_groups_cover_the_targets_evenly(targets: int) -> None:
 
 def test_a_key_depends_on_what_is_measured_and_on_nothing_else() -> None:
     (job,) = jobs(targets=2)
-    same = dataclasses.replace(job, directory="elsewhere", engine="vmap", data_dir="/data")
+    same = dataclasses.replace(
+        job, directory="elsewhere", prior_file="p", engine="vmap", data_dir="/data"
+    )
     assert same.keyed().key == job.key
     for change in (
         {"seed": 1},
@@ -42,6 +44,8 @@ def test_a_key_depends_on_what_is_measured_and_on_nothing_else() -> None:
         {"data_fingerprint": "other"},
         {"targets": (0, 2)},
         {"knows": ("labels",)},
+        {"prior": "pca:rank=1"},
+        {"prior_digest": "other"},
     ):
         assert dataclasses.replace(job, **change).keyed().key != job.key  # type: ignore[arg-type]
     assert JobSpec.from_json(job.to_json()) == job

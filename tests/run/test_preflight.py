@@ -8,6 +8,7 @@ import torch
 
 from gradleak import data, models
 from gradleak.defenses import build as build_defense
+from gradleak.defenses import dithered
 from gradleak.mechanisms import FedAvg, FedSGD
 from gradleak.run.preflight import Doubt, merged, objective_warnings, preflight
 from gradleak.scenario import Scenario, simulate
@@ -46,11 +47,28 @@ def check(
         "top-k:fraction=0.1",
         "clip:norm=0.01",
         "clip:norm=0.01+gaussian-noise:std=0.1",
+        "random-mask:share=0.3",
+        "random-mask:share=0.3,seed=1+gaussian-noise:std=0.01",
+        "partial-sharing",
+        "quantize",
+        "round",
+        "round:rounding=stochastic",
+        "sign",
+        "sign:scaled=true",
+        "top-k:fraction=0.1+sign",
     ],
 )
 @pytest.mark.parametrize("core", [FedSGD(), FedAvg(steps=2, learning_rate=0.1)])
 def test_sound_scenarios_raise_no_warning(defense: str, core: Mechanism) -> None:
     assert check(build_defense(defense)(core)) == []
+
+
+@pytest.mark.parametrize(
+    "defense",
+    ["clip:norm=0.01,scope=example", "gaussian-noise:scope=example", "laplace-noise:scope=example"],
+)
+def test_sound_scenarios_by_example_raise_no_warning(defense: str) -> None:
+    assert check(build_defense(defense)(FedSGD())) == []
 
 
 def test_a_clip_that_does_not_bite() -> None:
@@ -90,6 +108,51 @@ def test_noise_with_another_strength_than_claimed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(GaussianNoise, "draw", lambda self, v, g: 1.2 * honest(self, v, g))
     (warning,) = check(build_defense("gaussian-noise:std=0.01")(FedSGD()))
     assert "claims std 0.01 and adds 0.012" in warning
+
+
+@pytest.mark.parametrize(
+    ("defense", "attribute", "fault", "message"),
+    [
+        ("gaussian-noise:scope=example", "draw", lambda v: 1.2 * torch.randn_like(v), "and adds"),
+        ("random-mask:share=0.3", "drop", lambda v: torch.dropout(v, 0.6, True), "and drops"),
+        ("random-mask:seed=1", "map", lambda v: torch.dropout(v, 0.7, True), "and drops"),
+        ("partial-sharing", "map", lambda v: 2 * v, "and sends norm"),
+        ("round", "map", lambda v: 0.001 * (v / 0.001).floor(), "and moves by"),
+        ("round", "map", lambda v: v + 0.0001, "off its grid"),
+        ("sign", "map", lambda v: -v.sign(), "another sign"),
+        ("sign", "map", lambda v: v.sign() + 0.1 * v, "magnitudes that differ"),
+    ],
+)
+def test_a_protection_that_does_something_else(
+    defense: str,
+    attribute: str,
+    fault: Callable[[torch.Tensor], torch.Tensor],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mechanism = build_defense(defense)(FedSGD())
+    kind = type(mechanism.rule)  # type: ignore[attr-defined]
+    if attribute == "map":
+        broken = lambda self, values: {k: fault(v) for k, v in values.items()}  # type: ignore[misc]
+    else:
+        broken = lambda self, v, *_: fault(v)  # type: ignore[misc]
+    monkeypatch.setattr(kind, attribute, broken)
+    assert any(message in warning for warning in check(mechanism))
+
+
+@pytest.mark.parametrize("defense", ["quantize", "round:rounding=stochastic"])
+@pytest.mark.parametrize(("shift", "message"), [(0.3, "off its grid"), (2.0, "and moves by")])
+def test_a_rounding_to_other_points(
+    defense: str, shift: float, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = dithered._below
+
+    def broken(value: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        low, above = honest(value, step)
+        return low + shift, above
+
+    monkeypatch.setattr(dithered, "_below", broken)
+    assert any(message in warning for warning in check(build_defense(defense)(FedSGD())))
 
 
 def test_a_protection_that_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,10 @@ Device = Annotated[str | None, _option("auto, cpu or cuda [auto]", _EFFORT)]
 Workers = Annotated[
     int | None, _option("worker processes; 0 uses this process [one per core]", _EFFORT)
 ]
+Ceiling = Annotated[
+    bool | None,
+    _option("begin every attack at the truth as well, as an auditor can", _EFFORT, "--ceiling"),
+]
 Memory = Annotated[
     float | None, _option("GB that all workers together may use [what is free]", _EFFORT)
 ]
@@ -156,6 +160,7 @@ def audit(
     clients: Clients = None,
     seed: Seed = None,
     budget: Budget = None,
+    ceiling: Ceiling = None,
     device: Device = None,
     workers: Workers = None,
     memory: Memory = None,

@@ -80,8 +80,15 @@ def _below(value: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     return low, scaled - low
 
 
-def off_grid(values: Mapping[str, Tensor], steps: Mapping[str, Tensor]) -> float:
-    """The farthest that any value lies off the multiples of its step, in steps."""
-    return max(
-        float((v / steps[k] - (v / steps[k]).round()).abs().max()) for k, v in values.items()
-    )
+def misplaced(
+    before: Update, after: Update, steps: Mapping[str, Tensor], *, most: float
+) -> tuple[str, float] | None:
+    """Doubt values that moved by more than `most` steps, or lie off the multiples of their step."""
+    scaled = {k: v / steps[k] for k, v in after.values.items()}
+    off = max(float((s - s.round()).abs().max()) for s in scaled.values())
+    if off > 1e-2:
+        return "sends values off its grid, by {:.2g} of a step", off
+    moved = max(float((s - before.values[k] / steps[k]).abs().max()) for k, s in scaled.items())
+    if moved > most + 1e-2:
+        return f"claims to move by {most:g} steps at most and moves by {{:.3g}}", moved
+    return None

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradleak.defenses.dithered import Dithered, off_grid
+from gradleak.defenses.dithered import Dithered, misplaced
 from gradleak.errors import InvalidInput
 from gradleak.types import Mechanism, Update
 
@@ -38,8 +38,7 @@ class Quantize:
         return Dithered(mechanism, self)
 
     def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
-        off = off_grid(after.values, self.steps(before.values))
-        return ("sends values off its grid, by {:.2g} of a step", off) if off > 1e-2 else None
+        return misplaced(before, after, self.steps(before.values), most=1.0)
 
     def steps(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """‖u‖₂ / levels for every tensor."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,14 +57,21 @@ class RandomMask:
         return f"claims to drop {self.share:.3%} and drops {{:.3%}}", 1 - kept / n
 
     def map(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Apply the known mask, which depends on the seed and the tensor's name alone."""
-        stream = torch.Generator().manual_seed(self.seed or 0)
-        return {k: self.drop(v, child(stream, k)) for k, v in values.items()}
+        """Apply the known mask, which depends on the seed, the tensor's name and shape alone."""
+        seed = self.seed or 0
+        return {k: v * _kept(self.share, seed, k, v.shape).to(v) for k, v in values.items()}
 
     def drop(self, value: Tensor, generator: torch.Generator) -> Tensor:
         """Apply a mask drawn now."""
         coins = torch.rand(value.shape, generator=generator, dtype=torch.float64)
         return value * (coins >= self.share).to(value)
+
+
+@lru_cache(maxsize=256)
+def _kept(share: float, seed: int, name: str, shape: torch.Size) -> Tensor:
+    """The known mask of one tensor; drawn by NumPy, as `vmap` forbids draws inside its programs."""
+    stream = child(torch.Generator().manual_seed(seed), name)
+    return torch.from_numpy(np.random.default_rng(stream.initial_seed()).random(shape) >= share)
 
 
 @dataclass(frozen=True)

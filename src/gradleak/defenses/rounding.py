@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,17 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradleak.defenses.dithered import Dithered, off_grid
-from gradleak.defenses.wrapped import (
-    Mapped,
-    Noise,
-    Separable,
-    difference,
-    log_mass,
-    noise_inside,
-)
+from gradleak.defenses.dithered import Dithered, misplaced
+from gradleak.defenses.wrapped import Mapped, Noise, Separable, log_mass, noise_inside
 from gradleak.mechanisms.client import check_positive
 from gradleak.types import Batch, Likelihood, Mechanism, ModelState, Update
+
+_LEAST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -45,17 +39,15 @@ class Round:
         return (_Nearest if self.rounding == "nearest" else _Coins)(mechanism, self)
 
     def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
-        changes = difference(after, before).values.values()
-        moved = max(float(v.abs().max()) for v in changes)
-        if moved > self.step * (0.5 if self.rounding == "nearest" else 1.0) * (1 + 1e-3):
-            return f"claims step {self.step:g} and moves a coordinate by {{:.3g}}", moved
-        off = off_grid(after.values, self.steps(after.values))
-        return ("sends values off its grid, by {:.2g} of a step", off) if off > 1e-2 else None
+        most = 0.5 if self.rounding == "nearest" else 1.0
+        return misplaced(before, after, self.steps(after.values), most=most)
 
     def map(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Round to the nearest; the gradient is that of no rounding, a direction to search in."""
-        rounded = {k: self.step * (v / self.step).round() for k, v in values.items()}
-        return {k: v + (rounded[k] - v).detach() for k, v in values.items()}
+        return {
+            k: self.step * (v / self.step).detach().round() + (v - v.detach())
+            for k, v in values.items()
+        }
 
     def steps(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Width of the grid for every tensor."""
@@ -114,15 +106,19 @@ class _Coins(Dithered):
 
 @dataclass(frozen=True)
 class _Points(Separable):
-    """1 − |u_j − c_j| / step on the two neighbours of c_j, for updates on the grid."""
+    """1 − |u_j − c_j| / step on the two neighbours of c_j, for updates on the grid.
+
+    Below a thousandth the logarithm goes on as its tangent, for a search to find its way back from
+    claims that cannot be: the sum of probabilities is one to within a thousandth.
+    """
 
     step: float
 
     def terms(
         self, centre: Mapping[str, Tensor], update: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        gaps = {k: (update[k] - c).abs() / self.step for k, c in centre.items()}
+        left = {k: 1 - (update[k] - c).abs() / self.step for k, c in centre.items()}
         return {
-            k: torch.log1p(-gap.clamp(max=1 - 1e-6)).masked_fill(gap >= 1, -math.inf)
-            for k, gap in gaps.items()
+            k: v.clamp(min=_LEAST).log() + (v - _LEAST).clamp(max=0) / _LEAST
+            for k, v in left.items()
         }

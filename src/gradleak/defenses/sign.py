@@ -14,6 +14,9 @@ from gradleak.defenses.wrapped import Mapped, Noise, Separable, noise_inside
 from gradleak.errors import IntractableLikelihood
 from gradleak.types import Batch, Likelihood, Mechanism, ModelState, Update
 
+_NOTHING = 1e-6
+"""Mean magnitude of a tensor, as a share of the largest, below which it counts as nothing."""
+
 
 @dataclass(frozen=True)
 class Sign:
@@ -50,7 +53,7 @@ class Sign:
     def _signs(self, value: Tensor) -> Tensor:
         size = mean_size(value)
         unit = value / size
-        signs = unit + (value.sign() - unit).detach()
+        signs = value.sign() + (unit - unit.detach())
         return size * signs if self.scaled else signs
 
 
@@ -69,11 +72,15 @@ class _Signs(Mapped):
         Without that unit, claims with small gradients would seem to fit.
         """
         clean = self.inner.predict(received, state, batch)
+        sizes = {k: mean_size(v) for k, v in clean.values.items()}
+        # A tensor of rounding errors alone has signs, and no size to measure them in.
+        least = _NOTHING * torch.stack(list(sizes.values())).amax()
         found = {}
         for k, v in clean.values.items():
-            signs, size = received.values[k].sign(), mean_size(v)
+            signs, size = received.values[k].sign(), sizes[k]
             wrong = torch.where(signs == 0, v, signs * (signs * v).clamp(max=0))
-            found[k] = size * signs + wrong if self.rule.scaled else signs + wrong / size
+            unit = torch.maximum(size, least)
+            found[k] = size * signs + wrong if self.rule.scaled else signs + wrong / unit
         return Update(found, clean.kind)
 
     def likelihood(self, *, batch_size: int) -> Likelihood:

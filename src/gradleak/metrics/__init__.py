@@ -1,13 +1,29 @@
-"""How close a claim is to the truth, and how sure one can be of it.
+"""How close a claim is to the truth, how sure one can be of it, and how close any claim can be.
 
 Scores know two batches and the public form of the data; they never see how a claim was made.
 """
 
 from gradleak.metrics.align import MISSING, align, matched
 from gradleak.metrics.baselines import baselines
+from gradleak.metrics.bounds import (
+    Floor,
+    dfil,
+    dfil_probed,
+    gaussian_information,
+    influence,
+    influence_bound,
+    information_matrix,
+    jacobian,
+    laplace_information,
+    posterior_trace,
+    recoverable_dimensions,
+    update_map,
+    van_trees_floor,
+)
 from gradleak.metrics.identify import identified
 from gradleak.metrics.image import METRICS, PSNR_CEILING_DB, Metric, mse, psnr_db, ssim
 from gradleak.metrics.labels import label_accuracy
+from gradleak.metrics.privacy import dp_ceiling, epsilon_curve, gaussian_ceiling
 from gradleak.metrics.score import score
 from gradleak.metrics.statistics import (
     Interval,
@@ -26,6 +42,7 @@ __all__ = [
     "METRICS",
     "MISSING",
     "PSNR_CEILING_DB",
+    "Floor",
     "Interval",
     "Metric",
     "align",
@@ -33,17 +50,32 @@ __all__ = [
     "clopper_pearson",
     "clustered_mean",
     "clustered_rate",
+    "dfil",
+    "dfil_probed",
+    "dp_ceiling",
+    "epsilon_curve",
     "excess_risk",
     "excess_risk_interval",
+    "gaussian_ceiling",
+    "gaussian_information",
     "identified",
+    "influence",
+    "influence_bound",
+    "information_matrix",
+    "jacobian",
     "label_accuracy",
+    "laplace_information",
     "matched",
     "median_interval",
     "mse",
     "paired_difference",
+    "posterior_trace",
     "psnr_db",
+    "recoverable_dimensions",
     "score",
     "sign_test",
     "ssim",
+    "update_map",
+    "van_trees_floor",
     "wilson",
 ]

@@ -22,10 +22,10 @@ class SoftBox(Fitted):
     family: Box
 
     def log_prob(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
-        outside = (inputs - inputs.clamp(*self.data.bounds)) / self.family.softness
+        outside = self.check(inputs) - inputs.clamp(*self.data.bounds)
         width, tails = self._masses
         constant = math.prod(self.data.shape) * inputs.shape[1] * math.log(width + tails)
-        return -(self.check(outside) ** 2).flatten(1).sum(1) / 2 - constant
+        return -((outside / self.family.softness) ** 2).flatten(1).sum(1) / 2 - constant
 
     def sample(self, labels: Tensor | int, *, generator: torch.Generator) -> Tensor:
         low, high = self.data.bounds

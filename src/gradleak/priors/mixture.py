@@ -48,6 +48,8 @@ class Mixture:
         from sklearn.mixture import GaussianMixture
 
         rows = public.inputs.flatten(1)
+        if len(rows) < 2:
+            raise InvalidInput("prior 'mixture' of one public example: expected at least 2")
         space = principal(rows, rank=self.rank, seed=seed)
         scores = ((rows - space.mean) @ space.axes.T).numpy()
         ridge = float(floored(rows.new_tensor(self.ridge * space.total / rows.shape[1]), data))
@@ -61,8 +63,7 @@ class Mixture:
         explained = torch.from_numpy(model.predict_proba(scores))
         member = torch.nn.functional.one_hot(public.classes, data.classes).double()
         counts = member.sum(0)[:, None]
-        weights = torch.where(counts > 0, member.T @ explained / counts.clamp(min=1), 0)
-        weights = torch.where(counts > 0, weights, explained.mean(0))
+        own = member.T @ explained / counts.clamp(min=1)
         return Gaussians(
             self,
             data,
@@ -70,6 +71,6 @@ class Mixture:
             axes=turns.mT @ space.axes,
             variances=floored(variances, data),
             rest=floored(rows.new_tensor(space.rest()), data),
-            given_class=weights,
+            given_class=torch.where(counts > 0, own, explained.mean(0)),
             shares=shares_of(public.classes, data),
         )

@@ -37,6 +37,7 @@ _MEASUREMENT: dict[str, Any] = {
         "unit": _TEXT,
         "baseline": _NUMBER_OR_NULL,
         "control": _NUMBER_OR_NULL,
+        "ceiling": _NUMBER_OR_NULL,
         "bank_size": {"anyOf": [_COUNT, {"type": "null"}]},
         "chance": _NUMBER_OR_NULL,
     },
@@ -55,6 +56,7 @@ _TARGET: dict[str, Any] = {
         "objective_at_truth": _NUMBER_OR_NULL,
         "scores": _SCORES,
         "control": {"anyOf": [_SCORES, {"type": "null"}]},
+        "ceiling": {"anyOf": [_SCORES, {"type": "null"}]},
         "baselines": {"type": "object", "additionalProperties": _SCORES},
     },
 }

@@ -256,6 +256,9 @@ class Finding:
         if self.psnr.get("nearest_public") is not None:
             oracle = wording.decibels(self.psnr["nearest_public"])
             rows.append(("nearest public image, chosen by an oracle", oracle))
+        if self.psnr.get("ceiling") is not None:
+            begun = wording.decibels(self.psnr["ceiling"])
+            rows.append(("begun at the truth, an oracle's ceiling nearby", begun))
         return rows
 
     def _stored(self) -> pictures.Stored:

@@ -73,6 +73,7 @@ class JobSpec:
         spare: a target of another client, attacked for the control alone; None where the group
             has two clients.
         bank: examples of the private pool that form the identification bank.
+        ceiling: begin the attack at the truth as well.
         device: "cpu" or "cuda".
         engine: how the attack is vectorised.
         trials_at_once: most trials that memory lets step together.
@@ -110,6 +111,7 @@ class JobSpec:
     clients: tuple[int, ...]
     spare: int | None
     bank: int
+    ceiling: bool
     device: str
     engine: Engine | None = None
     trials_at_once: int | None = None
@@ -131,7 +133,8 @@ class JobSpec:
         """
         content = self.to_json()
         for name in (
-            "key", "directory", "data", "data_dir", "state", "prior_file", "engine", "trials_at_once",
+            "key", "directory", "data", "data_dir", "state", "prior_file", "engine",
+            "trials_at_once",
         ):  # fmt: skip
             del content[name]
         content["version"] = version()
@@ -316,9 +319,9 @@ def plan(
                             defense=defense_id,
                             defense_spec=full_defense,
                             knows=tuple(sorted(set(settings.knows))),
-                            prior=belief and belief.spec,
-                            prior_file=belief and belief.path,
-                            prior_digest=belief and belief.digest,
+                            prior=belief.spec if belief else None,
+                            prior_file=belief.path if belief else None,
+                            prior_digest=belief.digest if belief else None,
                             bn_knowledge=settings.bn_knowledge,
                             server=settings.server,
                             seed=settings.seed,
@@ -327,6 +330,7 @@ def plan(
                             clients=owners,
                             spare=_spare(owners, members, clients=clients, targets=targets),
                             bank=min(pool, max(BANK, needed)),
+                            ceiling=settings.ceiling,
                             device=device_of(settings),
                         ).keyed()
                     )

@@ -60,6 +60,8 @@ class AuditSettings:
         clients: clients the targets come from; intervals are clustered by client.
         seed: every random draw derives from it.
         budget: how much work per target.
+        ceiling: begin every attack at the truth as well, which only an auditor can: what is found
+            there bounds searches that end nearby.
         device: where attacks run.
         workers: worker processes; 0 runs in this process.
         memory: GB (10⁹ bytes) that all workers together may use; None takes what is free.
@@ -95,6 +97,7 @@ class AuditSettings:
     clients: int | None = None
     seed: int = 0
     budget: Budget = "quick"
+    ceiling: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int | None = None
     memory: float | None = None

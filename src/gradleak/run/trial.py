@@ -193,6 +193,7 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
         progress=lambda done, total: progress(done / max(total, 1)),
     )
     seconds = time.perf_counter() - started
+    ceilings = _from_the_truth(job, attack, attacked)
 
     labels_known = Fact.LABELS in job.knows
     entries, pictures, at_truth, at_guess = [], [], [], []
@@ -228,6 +229,7 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
                 "evaluations": claim.evaluations,
                 "scores": scores(_on_cpu(claim.batch)),
                 "control": scores(unrelated),
+                **({"ceiling": scores(_on_cpu(ceilings[i].batch))} if ceilings else {}),
                 "baselines": {name: scores(guess) for name, guess in guesses.items()},
             }
         )
@@ -246,6 +248,20 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
     }
     stacked = {k: torch.stack([p[k] for p in pictures]).contiguous() for k in pictures[0]}
     return Trial(record, safetensors.torch.save(stacked))
+
+
+def _from_the_truth(
+    job: JobSpec, attack: Attack, attacked: Sequence[_Target]
+) -> list[Reconstruction]:
+    """Where the attack ends that begins at the truth, target by target, if that is asked for."""
+    if not job.ceiling or not isinstance(attack, Recipe):
+        return []
+    return attack.refined(
+        [t.seen for t in attacked],
+        [t.truth.batch for t in attacked],
+        engine=job.engine or "auto",
+        trials_at_once=job.trials_at_once,
+    )
 
 
 def _record(job: JobSpec, *, state: str, reason: str | None) -> dict[str, Any]:

@@ -200,7 +200,8 @@ class _Blurred(Objective):
     def values(self, variables: Variables, targets: Sequence[int]) -> Tensor:
         centre = variables["inputs"]
         points = [variables | {"inputs": centre + offset.to(centre)} for offset in self.offsets]
-        return torch.stack([Objective.values(self, p, targets) for p in points]).mean(0)
+        blurred = torch.stack([Objective.values(self, p, targets) for p in points])
+        return blurred.mean(0)
 
 
 def uniform_in_ball(shape: tuple[int, ...], *, radius: float, generator: torch.Generator) -> Tensor:
@@ -209,4 +210,5 @@ def uniform_in_ball(shape: tuple[int, ...], *, radius: float, generator: torch.G
     d = points.shape[1]
     reach = torch.rand(len(points), 1, generator=generator, dtype=torch.float64) ** (1 / d)
     reach = reach * radius * math.sqrt(d) / torch.linalg.vector_norm(points, dim=1, keepdim=True)
-    return (points * reach).reshape(shape)
+    spread: Tensor = points * reach
+    return spread.reshape(shape)
