@@ -26,7 +26,7 @@ from gradleak.defenses import DEFENSES
 from gradleak.errors import CorruptFile, InvalidInput
 from gradleak.run import states
 from gradleak.run.beliefs import Belief, fitted, prior_spec
-from gradleak.run.executor import Progress, run_here, run_in_processes
+from gradleak.run.executor import TRIALS, Progress, run_here, run_in_processes
 from gradleak.run.jobs import JobSpec, attack_spec, defense_spec, derive, device_of, plan, version
 from gradleak.run.memory import Arrangement, arranged, free_memory, needed
 from gradleak.run.settings import KNOWN_BY_DEFAULT, AuditSettings, Condition, option
@@ -373,7 +373,7 @@ def _arranged(
     return arranged(
         needs,
         workers=settings.workers,
-        most_workers=1 if device == "cuda" else min(len(jobs), _cores()),
+        most_workers=1 if device == "cuda" else min(len(jobs), cores()),
         free=None if settings.ray else free_memory(settings.memory, device=device),
     )
 
@@ -425,15 +425,19 @@ def _run(
 
 
 def _trials(
-    settings: AuditSettings, jobs: Sequence[JobSpec], *, workers: int | None, progress: Progress
+    settings: AuditSettings,
+    jobs: Sequence[JobSpec],
+    *,
+    workers: int | None,
+    progress: Progress[JobSpec],
 ) -> Generator[Trial]:
     if settings.ray is not None:
         from gradleak.run.on_ray import run_on_ray
 
         return run_on_ray(jobs, workers=workers, progress=progress)
     if not workers:
-        return run_here(jobs, progress=progress)
-    return run_in_processes(jobs, workers=min(workers, len(jobs)), progress=progress)
+        return run_here(jobs, TRIALS, progress=progress)
+    return run_in_processes(jobs, TRIALS, workers=min(workers, len(jobs)), progress=progress)
 
 
 def _check_cluster(settings: AuditSettings) -> None:
@@ -453,7 +457,7 @@ def _cluster(settings: AuditSettings, *, watcher: Watcher) -> Iterator[None]:
     from gradleak.run.on_ray import connected
 
     watcher.preparing(f"connecting to Ray at {settings.ray}")
-    with connected(settings.ray, workers=settings.workers or _cores()):
+    with connected(settings.ray, workers=settings.workers or cores()):
         yield
 
 
@@ -519,7 +523,7 @@ def _result(
         "headline": headline(found),
         "command": command,
         "settings": described,
-        "environment": _environment(settings),
+        "environment": environment(device_of(settings)),
         "seconds": seconds,
         "fail_on": [
             {"condition": c.text, "holds": bool(held[c.text]), "findings": held[c.text]}
@@ -553,18 +557,19 @@ def not_tested(settings: AuditSettings) -> list[str]:
     return [text for text in left if text]
 
 
-def _environment(settings: AuditSettings) -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
+    """What a run ran on, for the record."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": _cores(),
+        "cores": cores(),
         "threads_per_worker": 1,
-        "device": torch.cuda.get_device_name() if device_of(settings) == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores this process may use."""
     try:
         return len(os.sched_getaffinity(0))

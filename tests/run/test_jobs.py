@@ -80,7 +80,7 @@ def test_budgets_fill_only_what_is_not_given() -> None:
 def test_defenses_compose() -> None:
     ids, spec = defense_spec("clip:norm=2 + gaussian-noise")
     assert ids == "clip+gaussian-noise"
-    assert spec == "clip:norm=2.0+gaussian-noise:std=0.01"
+    assert spec == "clip:norm=2.0,scope=update+gaussian-noise:std=0.01,scope=update"
 
 
 def test_seeds_differ_by_use() -> None:

@@ -34,6 +34,8 @@ _UsageError: type[Exception] = next(
     c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
 )
 
+_COMMANDS = ("audit", "attack", "list", "report", "reproduce")
+
 _SCENARIO, _ATTACKER, _EFFORT, _OUTPUT = "What is audited", "Who attacks", "Effort", "Output"
 
 
@@ -231,14 +233,51 @@ def attack_command(
     _audit({"targets": 1, "defense": ["none"], "out": "gradleak-attack"} | given, one=identifier)
 
 
+@app.command("reproduce")
+def reproduce_command(
+    identifier: Annotated[str, typer.Argument(metavar="ID", help="see list reproductions")],
+    budget: Annotated[str, _option("quick or full [quick]", _EFFORT)] = "quick",
+    seed: Annotated[int, _option("every random draw derives from it [0]", _EFFORT)] = 0,
+    workers: Workers = None,
+    data_dir: DataDir = None,
+    out: Out = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compute a published table again and set our figures beside the paper's."""
+    from gradleak.auditing import Unwatched
+    from gradleak.cli.progress import Bar
+    from gradleak.cli.tables import print_reproduced
+    from gradleak.reproductions import REPRODUCTIONS
+    from gradleak.reproductions.reproduction import Request
+    from gradleak.reproductions.running import reproduce
+
+    if identifier not in REPRODUCTIONS:
+        raise InvalidInput(
+            f"unknown reproduction {identifier!r}: {nearest(identifier, REPRODUCTIONS)}"
+        )
+    bar = contextlib.nullcontext(Unwatched()) if quiet else Bar()
+    with bar as watcher:
+        outcome = reproduce(
+            REPRODUCTIONS[identifier](),
+            Request(budget=budget, seed=seed, data_dir=data_dir),  # type: ignore[arg-type]
+            out=Path(out) if out is not None else None,
+            workers=workers,
+            watcher=watcher,
+        )
+    print_reproduced(outcome)
+
+
 @app.command("list")
 def list_command(
     kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="attacks, defenses, priors, models or data")
+        str,
+        typer.Argument(
+            metavar="KIND", help="attacks, defenses, priors, models, data or reproductions"
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
-    """List attacks, defenses, priors, models or data."""
+    """List attacks, defenses, priors, models, data or reproductions."""
     from gradleak.cli.listing import KINDS, print_listing
 
     if kind not in KINDS:
@@ -248,12 +287,16 @@ def list_command(
 
 @app.command()
 def report(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="--out of an audit")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="--out of an audit or a reproduction")
+    ],
 ) -> None:
     """Render report.html again from the stored files."""
     from gradleak.report.html import render
+    from gradleak.reproductions import page
 
-    typer.echo(render(Path(directory)))
+    reproduced = (Path(directory) / page.RESULT_FILE).exists()
+    typer.echo((page.render if reproduced else render)(Path(directory)))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -267,7 +310,7 @@ def run(arguments: Sequence[str]) -> int:
     except _UsageError as error:
         message = error.format_message()  # type: ignore[attr-defined]
         if message.startswith("No such command"):
-            message += f" {nearest(arguments[0], ('audit', 'attack', 'list', 'report'))}"
+            message += f" {nearest(arguments[0], _COMMANDS)}"
         return _complain(message)
     except InvalidInput as error:
         return _complain(str(error))

@@ -1,4 +1,4 @@
-"""What there is: attacks, protections, priors, networks and data sets."""
+"""What there is: attacks, protections, priors, networks, data sets and reproductions."""
 
 from __future__ import annotations
 
@@ -82,12 +82,29 @@ def data() -> list[dict[str, Any]]:
     return [dataclasses.asdict(about) | {"shape": list(about.shape)} for about in DATASETS.values()]
 
 
+def reproductions() -> list[dict[str, Any]]:
+    """Every published table that can be computed again."""
+    from gradleak.reproductions import REPRODUCTIONS
+
+    return [
+        {
+            "id": each.id,
+            "title": each.title,
+            "paper": each.paper,
+            "link": each.link,
+            "deviations": list(each.deviations),
+        }
+        for each in REPRODUCTIONS.values()
+    ]
+
+
 KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "attacks": attacks,
     "defenses": defenses,
     "priors": priors,
     "models": models,
     "data": data,
+    "reproductions": reproductions,
 }
 
 _COLUMNS = {
@@ -96,6 +113,7 @@ _COLUMNS = {
     "priors": ("id", "title", "proper", "fields"),
     "models": ("id", "title", "batch_norm"),
     "data": ("id", "title", "shape", "classes", "embedded", "licence"),
+    "reproductions": ("id", "title", "paper", "link"),
 }
 
 

@@ -12,6 +12,7 @@ from gradleak.report.findings import as_given
 
 if TYPE_CHECKING:
     from gradleak.auditing import LeakageReport
+    from gradleak.reproductions.running import Reproduced
     from gradleak.run.recorded import Claim
 
 _WIDTH = 120
@@ -55,6 +56,28 @@ def print_claim(claim: Claim) -> None:
     table.add_row("labels", ", ".join(map(str, found.batch.classes.tolist())))
     table.add_row("written to", str(claim.directory))
     out.print(table)
+
+
+def print_reproduced(outcome: Reproduced) -> None:
+    """Print one line per row, and where the report lies."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("row", overflow="fold")
+    for title in ("paper", "ours", "n"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("note", overflow="fold")
+    for row in outcome.result["rows"]:
+        ours = row["ours"]
+        measured = f"{_decimal(ours['value'])} [{_decimal(ours['low'])}, {_decimal(ours['high'])}]"
+        table.add_row(
+            row["row"],
+            _decimal(row["paper"]),
+            f"{measured} {row['unit']}" if ours["n"] else "–",
+            str(ours["n"]),
+            row["note"],
+        )
+    out = console()
+    out.print(table)
+    out.print(f"Report: {outcome.page}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _setting(finding: Mapping[str, Any]) -> str:

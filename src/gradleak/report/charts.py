@@ -68,6 +68,30 @@ def interval_strip(
     return _svg(width, height, "".join(parts), name="", css="strip")
 
 
+def intervals(lines: Sequence[tuple[str, float, float, float]], *, name: str) -> Markup:
+    """Draw PSNR intervals (dB) below each other; a line is (label, value, low, high)."""
+    width, left, right, step = 640, 150.0, 628.0, 22.0
+    bottom = step * len(lines) + 6
+    body = ""
+    for tick in range(0, int(PSNR_TOP) + 1, 10):
+        x = _x(tick, left, right)
+        body += f'<path class="grid" d="M{x:.1f} 4V{bottom:.0f}"/>'
+        body += f'<text x="{x:.0f}" y="{bottom + 15:.0f}" text-anchor="middle">{tick}</text>'
+    body += (
+        f'<text x="{(left + right) / 2:.0f}" y="{bottom + 32:.0f}" text-anchor="middle">'
+        "mean PSNR (dB)</text>"
+    )
+    for position, (label, value, low, high) in enumerate(lines):
+        y = step * (position + 0.5) + 4
+        ends = f"M{_x(low, left, right):.1f} {y:.1f}H{_x(high, left, right):.1f}"
+        body += (
+            f'<text x="{left - 10:.0f}" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>'
+        )
+        body += f'<path class="whisker attack" d="{ends}"/>'
+        body += f'<circle class="dot attack" cx="{_x(value, left, right):.1f}" cy="{y:.1f}" r="4"/>'
+    return _svg(width, int(bottom + 38), body, name=name, css="plot wide") if lines else Markup()
+
+
 def stacked_bar(parts: Sequence[tuple[str, int]], *, name: str) -> Markup:
     """Draw counts as one bar; `parts` are (class, count), `name` says the same in words."""
     width, height = 320, 16

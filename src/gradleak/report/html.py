@@ -45,17 +45,18 @@ def render(directory: Path) -> Path:
         raise CorruptFile(f"{source} is not valid JSON: {error}") from error
     validate_result(result, name=str(source))
     page = compose(result, directory, fingerprint=hashlib.sha256(content).hexdigest()[:16])
-    target, partial = directory / "report.html", directory / "report.html.partial"
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(target)
-    except OSError as error:
-        raise InvalidInput(f"cannot write {target}: {error.strerror}") from error
-    return target
+    return write_page(directory / "report.html", page)
 
 
 def compose(result: Json, directory: Path, *, fingerprint: str = "") -> str:
     """Return the page for a validated `result` whose tensors lie in `directory`."""
+    report = Report(result, directory)
+    template = jinja_environment().get_template("report.html.jinja")
+    return template.render(report=report, fingerprint=fingerprint, definitions=wording.DEFINITIONS)
+
+
+def jinja_environment() -> jinja2.Environment:
+    """Where the templates of pages are, and the filters that write numbers."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gradleak.report"),
         autoescape=True,
@@ -70,6 +71,19 @@ def compose(result: Json, directory: Path, *, fingerprint: str = "") -> str:
         "decibels": wording.decibels,
         "seconds": wording.seconds,
     }
-    report = Report(result, directory)
-    template = environment.get_template("report.html.jinja")
-    return template.render(report=report, fingerprint=fingerprint, definitions=wording.DEFINITIONS)
+    return environment
+
+
+def write_page(target: Path, page: str) -> Path:
+    """Write a page whole or not at all.
+
+    Raises:
+        InvalidInput: it cannot be written.
+    """
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(target)
+    except OSError as error:
+        raise InvalidInput(f"cannot write {target}: {error.strerror}") from error
+    return target

@@ -19,26 +19,59 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, Generic, Protocol, TypeVar
 
 import torch
 
 from gradleak import jsonsafe
 from gradleak.errors import GradleakError
 from gradleak.run.jobs import JobSpec
-from gradleak.run.trial import Trial, failed, run_trial
+from gradleak.run.trial import Trial, failed
+from gradleak.run.worker import resolve
 
 RERUNS = 2
 """How often a job runs again after its worker died."""
 
 _SECONDS_TO_EXIT = 5.0
 
-Progress = Callable[[JobSpec, float], None]
+
+class Job(Protocol):
+    """Work that any process can do."""
+
+    @property
+    def key(self) -> str:
+        """Names the job."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """The job as plain values."""
+        ...
+
+
+J = TypeVar("J", bound=Job)
+
+Progress = Callable[[J, float], None]
 """(job, share of it done)."""
+
+
+@dataclass(frozen=True)
+class Work(Generic[J]):
+    """How jobs of one kind are done.
+
+    Attributes:
+        run: "module:function" that takes a job as plain values and is told `progress`.
+        failed: the record of a job that could not be run, and why.
+    """
+
+    run: str
+    failed: Callable[[J, str], Trial]
+
+
+TRIALS: Work[JobSpec] = Work("gradleak.run.trial:run_planned", failed)
 
 _START_WORKER = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from gradleak.run.worker import main; main()"
+    "from gradleak.run.worker import main; main(sys.argv[2])"
 )
 
 
@@ -46,19 +79,19 @@ class WorkersFailed(GradleakError):
     """Worker processes die before they take a job (exit status 3)."""
 
 
-def run_here(jobs: Sequence[JobSpec], *, progress: Progress) -> Generator[Trial]:
+def run_here(jobs: Sequence[J], work: Work[J], *, progress: Progress[J]) -> Generator[Trial]:
     """Run jobs one after another in this process, on one thread as the workers do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for job in jobs:
-            yield run_trial(job, progress=functools.partial(progress, job))
+            yield resolve(work.run)(job.to_json(), progress=functools.partial(progress, job))
     finally:
         torch.set_num_threads(threads)
 
 
 def run_in_processes(
-    jobs: Sequence[JobSpec], *, workers: int, progress: Progress
+    jobs: Sequence[J], work: Work[J], *, workers: int, progress: Progress[J]
 ) -> Generator[Trial]:
     """Run jobs in `workers` processes and yield trials as they finish.
 
@@ -71,13 +104,13 @@ def run_in_processes(
     waiting = deque(jobs)
     deaths: dict[str, int] = {}
     stillborn = 0
-    inbox: queue.Queue[tuple[_Worker, Any]] = queue.Queue()
-    pool: list[_Worker] = []
+    inbox: queue.Queue[tuple[_Worker[J], Any]] = queue.Queue()
+    pool: list[_Worker[J]] = []
     left = len(waiting)
     try:
         while left:
             while waiting and len(pool) < workers:
-                worker = _Worker(inbox)
+                worker = _Worker(work.run, inbox)
                 pool.append(worker)
                 worker.give(waiting.popleft())
             worker, message = inbox.get()
@@ -106,16 +139,19 @@ def run_in_processes(
                     waiting.appendleft(job)
                 else:
                     left -= 1
-                    yield failed(job, f"its worker process died {deaths[job.key]} times: {reason}")
+                    yield work.failed(
+                        job, f"its worker process died {deaths[job.key]} times: {reason}"
+                    )
     finally:
         for worker in pool:
             worker.end()
 
 
 @dataclass(eq=False)
-class _Worker:
-    inbox: queue.Queue[tuple[_Worker, Any]]
-    job: JobSpec | None = None
+class _Worker(Generic[J]):
+    run: str
+    inbox: queue.Queue[tuple[_Worker[J], Any]]
+    job: J | None = None
     spoke: bool = False
     process: subprocess.Popen[bytes] = field(init=False)
     complaints: IO[bytes] = field(init=False)
@@ -125,7 +161,7 @@ class _Worker:
         self.complaints = tempfile.TemporaryFile()  # noqa: SIM115
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _START_WORKER, json.dumps([str(p) for p in sys.path])],
+            [sys.executable, "-c", _START_WORKER, json.dumps([str(p) for p in sys.path]), self.run],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.complaints,
@@ -134,7 +170,7 @@ class _Worker:
         self.listener = threading.Thread(target=self._listen, daemon=True)
         self.listener.start()
 
-    def give(self, job: JobSpec) -> None:
+    def give(self, job: J) -> None:
         """Hand over a job; a worker that has died meanwhile is found out by its listener."""
         self.job = job
         assert self.process.stdin is not None

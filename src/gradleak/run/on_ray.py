@@ -112,7 +112,7 @@ def check(address: str) -> None:
 
 
 def run_on_ray(
-    jobs: Sequence[JobSpec], *, workers: int | None, progress: Progress
+    jobs: Sequence[JobSpec], *, workers: int | None, progress: Progress[JobSpec]
 ) -> Generator[Trial]:
     """Run jobs on the connected cluster and yield trials as they finish.
 

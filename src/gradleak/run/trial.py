@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -82,6 +82,11 @@ def run_trial(
         trial = failed(job, f"{type(error).__name__}: {_line(error)}")
     trial.record["seconds"] = trial.record["seconds"] or time.perf_counter() - started
     return trial
+
+
+def run_planned(job: Mapping[str, Any], *, progress: Callable[[float], None]) -> Trial:
+    """`run_trial` for a job as plain values."""
+    return run_trial(JobSpec.from_json(job), progress=progress)
 
 
 def failed(job: JobSpec, reason: str) -> Trial:

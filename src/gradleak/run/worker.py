@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import queue
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gradleak import jsonsafe
-from gradleak.run.jobs import JobSpec
-from gradleak.run.trial import run_trial
+
+if TYPE_CHECKING:
+    from gradleak.run.trial import Trial
 
 _SECONDS_BETWEEN_SHARES = 0.25
 
 
-def main() -> None:
-    """Run jobs from standard input until it ends, and die at once when it does."""
+def resolve(name: str) -> Any:
+    """What is called "module:name"."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def main(name: str) -> None:
+    """Run jobs from standard input by the function `name` until it ends, and then die at once."""
+    run: Callable[..., Trial] = resolve(name)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a user's network prints
 
-    jobs: queue.Queue[JobSpec] = queue.Queue()
+    jobs: queue.Queue[dict[str, Any]] = queue.Queue()
 
     def read() -> None:
         for line in sys.stdin.buffer:
-            jobs.put(JobSpec.from_json(jsonsafe.loads(line)))
+            jobs.put(jsonsafe.loads(line))
         os._exit(0)
 
     def say(message: object, *, tensors: bytes = b"") -> None:
@@ -48,6 +59,6 @@ def main() -> None:
                 said = time.monotonic()
                 say({"share": share})
 
-        trial = run_trial(job, progress=progress)
+        trial = run(job, progress=progress)
         size = None if trial.tensors is None else len(trial.tensors)
         say({"record": trial.record, "tensors": size}, tensors=trial.tensors or b"")

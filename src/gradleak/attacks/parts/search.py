@@ -85,7 +85,9 @@ def adam(
         if annealing(step, steps) != factor:
             factor = annealing(step, steps)
             best.values.fill_(math.inf)
-        annealed = replace(objective, fit_weight=factor * objective.fit_weight)
+        annealed = objective
+        if factor != 1:
+            annealed = replace(objective, fit_weight=factor * objective.fit_weight)
         rows = current if len(trials) == best.count else {k: v[trials] for k, v in current.items()}
         values, gradients = annealed.value_and_gradient(rows, trials)
         alive = best.record(rows, values, gradients, trials, keep_every=steps)

@@ -45,7 +45,7 @@ class Posterior(Recipe):
             chain from the maximum); "ball", the maximum averaged over a ball around the claim.
         radius: of the ball, root mean square per pixel, as a share of the box.
         chain: steps of the Langevin chain.
-        points: points of the ball.
+        points: points of the ball, half of them the others' antipodes.
         total_variation: weight of the prior taken where none is granted, nats per unit of Σ |∂x|.
     """
 
@@ -130,7 +130,9 @@ class Posterior(Recipe):
         return self._estimated(objective, self._descend(objective, start, annealing))
 
     def refine(self, objective: Objective, start: Variables) -> Search:
-        return self._estimated(objective, self._descend(objective, start, lambda *_: 1.0))
+        # Long steps cross kinks of a ReLU network, where its gradient jumps, and never come back.
+        close = replace(self, learning_rate=self.learning_rate / 100)
+        return close._estimated(objective, close._descend(objective, start, lambda *_: 1.0))
 
     def _descend(
         self, objective: Objective, start: Variables, annealing: Callable[[int, int], float]
@@ -189,11 +191,12 @@ class _Blurred(Objective):
         Args:
             objective: of the ball's centre.
             radius: of the ball, root mean square per entry.
-            points: Monte-Carlo points, the same throughout the search.
+            points: Monte-Carlo points in antipodal pairs, the same throughout the search.
         """
         unknown = objective.unknown
-        shape = (points, unknown.batch_size, *unknown.spec.shape)
-        offsets = uniform_in_ball(shape, radius=radius, generator=torch.Generator().manual_seed(0))
+        shape = (max(1, points // 2), unknown.batch_size, *unknown.spec.shape)
+        half = uniform_in_ball(shape, radius=radius, generator=torch.Generator().manual_seed(0))
+        offsets = torch.cat([half, -half])
         values = {f.name: getattr(objective, f.name) for f in fields(objective)}
         return cls(**values, offsets=offsets)
 

@@ -1,0 +1,61 @@
+"""report.html of a reproduction: one self-contained page, a pure function of reproduction.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gradleak.errors import CorruptFile
+from gradleak.report import charts
+from gradleak.report.html import jinja_environment, write_page
+from gradleak.report.wording import Json
+from gradleak.run.store import read_json
+
+RESULT_FILE = "reproduction.json"
+PAGE = "report.html"
+
+
+def render(directory: Path) -> Path:
+    """Write report.html into `directory` from its reproduction.json.
+
+    Raises:
+        CorruptFile: reproduction.json is missing, or not what a reproduction writes.
+        InvalidInput: the page cannot be written.
+    """
+    result = read_json(directory / RESULT_FILE)
+    try:
+        page = compose(result)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CorruptFile(
+            f"{str(directory / RESULT_FILE)!r} is not what a reproduction writes: {error}"
+        ) from None
+    return write_page(directory / PAGE, page)
+
+
+def compose(result: Json) -> str:
+    """Return the page."""
+    template = jinja_environment().get_template("reproduction.html.jinja")
+    return template.render(result=result, tables=tables(result["rows"]))
+
+
+def tables(rows: list[Json]) -> list[dict[str, Any]]:
+    """Rows by table, the part of their name before the last " / ", each with its chart."""
+    named: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        table, _, line = row["row"].rpartition(" / ")
+        named.setdefault(table, []).append({**row, "line": line})
+    return [
+        {
+            "name": name,
+            "rows": lines,
+            "chart": charts.intervals(
+                [
+                    (r["line"], r["ours"]["value"], r["ours"]["low"], r["ours"]["high"])
+                    for r in lines
+                    if r["metric"] == "psnr_db" and r["ours"]["value"] is not None
+                ],
+                name=f"Mean PSNR with 95 % intervals: {name}",
+            ),
+        }
+        for name, lines in named.items()
+    ]
