@@ -66,13 +66,23 @@ def test_another_layer_can_be_defended() -> None:
     assert [k for k in sent if not torch.equal(sent[k], clean[k])] == ["twin.weight"]
 
 
-def test_the_prediction_is_muted_and_the_rest_is_not() -> None:
+def test_silent_columns_are_muted_and_the_rest_is_compared() -> None:
     state, batch, other = state_of(TwoTwins), batch_of(1), batch_of(1, seed=1)
     mechanism = Soteria(50)(FedSGD())
     received = mechanism.mean(state, batch)
     wrong = mechanism.predict(received, state, other).values
-    assert torch.equal(wrong[HEAD], received.values[HEAD])
+    silent = ~Soteria(50).kept(state, batch.inputs)
+    assert int(silent.sum()) == 2
+    assert torch.equal((wrong[HEAD] == received.values[HEAD]).all(0), silent)
     assert all(not torch.equal(v, received.values[k]) for k, v in wrong.items() if k != HEAD)
+
+
+def test_noise_over_the_zeros_mutes_the_whole_layer() -> None:
+    state, batch, other = state_of(TwoTwins), batch_of(1), batch_of(1, seed=1)
+    mechanism = GaussianNoise(0.1)(Soteria(50)(FedSGD()))
+    received = mechanism.sample(state, batch, generator=stream(0))
+    wrong = mechanism.predict(received, state, other).values
+    assert torch.equal(wrong[HEAD], received.values[HEAD])
 
 
 def test_local_training_and_noise_compose() -> None:

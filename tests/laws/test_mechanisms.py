@@ -259,7 +259,9 @@ def test_noise_has_the_standard_deviation_it_names(noise: GaussianNoise | Laplac
 @pytest.mark.parametrize(
     "identity", [GaussianNoise(0.0), LaplaceNoise(0.0), TopK(1.0), RandomMask(0.0), Soteria(0.0)]
 )
-def test_identity_parameters_change_nothing(identity: GaussianNoise | TopK | RandomMask) -> None:
+def test_identity_parameters_change_nothing(
+    identity: GaussianNoise | TopK | RandomMask | Soteria,
+) -> None:
     core = FedSGD()
     assert identity(core) is core
 

@@ -24,8 +24,9 @@ class Soteria:
     """∂L/∂W[:, f] → 0 for the prune_rate % of features f of one linear layer of lowest score.
 
     The layer reads features r = h(x), and score_f = Σ_i ‖∂r_f(x_i)/∂x_i‖₂ / (|r_f(x_i)| + 0.1).
-    Everything else leaves the client as it is, the layer's bias included. The adaptive attack mutes
-    the layer: it compares all other tensors, which determine the input just as well.
+    Everything else leaves the client as it is, the layer's bias included. The zeros show the mask:
+    the adaptive attack mutes what it silenced, and compares all the rest, which determines the
+    input just as well. Where noise covers the zeros it mutes the whole layer.
 
     Source: Sun et al., "Provable Defense against Privacy Leakage in Federated Learning from
     Representation Perspective", CVPR 2021; scores, offset, percentile and the sum over a batch as
@@ -149,10 +150,12 @@ class _Muted(Wrapped):
         return self._masked(self.inner.sample(state, batch, generator=generator), state, batch)
 
     def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
-        """The defended tensor as received, whatever the claim: muted."""
+        """The defended tensor as received in every silent column; muted where noise covers them."""
         clean = self.inner.predict(received, state, batch)
         name = _weight(self.rule.defended(state))
-        return Update({**clean.values, name: received.values[name]}, clean.kind)
+        sent = (received.values[name] != 0).any(0)
+        seen = torch.where(sent & ~sent.all(), clean.values[name], received.values[name])
+        return Update({**clean.values, name: seen}, clean.kind)
 
     def _masked(self, update: Update, state: ModelState, batch: Batch) -> Update:
         name = _weight(self.rule.defended(state))
