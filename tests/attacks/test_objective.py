@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 import gradleak as gl
@@ -16,7 +17,7 @@ from gradleak.defenses import DEFENSES
 from gradleak.errors import InvalidInput
 from gradleak.mechanisms import FedAvg, FedSGD
 from gradleak.types import Mechanism, Observation
-from tests.laws.small import SPEC, Normalised, TwoTwins, batch_of, state_of, stream
+from tests.laws.small import NEEDED, SPEC, Normalised, TwoTwins, batch_of, state_of, stream
 
 CORES: dict[str, Mechanism] = {
     "fedsgd": FedSGD(),
@@ -25,8 +26,10 @@ CORES: dict[str, Mechanism] = {
 }
 
 
-def observations(mechanism: Mechanism, count: int, *, size: int = 2) -> list[Observation]:
-    state = state_of(Normalised)
+def observations(
+    mechanism: Mechanism, count: int, *, size: int = 2, network: type[nn.Module] = Normalised
+) -> list[Observation]:
+    state = state_of(network)
     return [
         gl.observe(
             state,
@@ -44,7 +47,8 @@ def observations(mechanism: Mechanism, count: int, *, size: int = 2) -> list[Obs
 @pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize("defense", DEFENSES)
 def test_vmap_and_loop_agree(core: str, defense: str) -> None:
-    seen = observations(DEFENSES[defense]()(CORES[core]), 3)
+    network = NEEDED.get(defense, Normalised)
+    seen = observations(DEFENSES[defense]()(CORES[core]), 3, network=network)
     objective = replace(DLG().compose(seen), targets=(0, 1, 2))
     variables = objective.unknown.start(stream(0), restarts=3)
     results = {

@@ -34,6 +34,10 @@ class Bottlenecked(TwoTwins):
         precode(self, latent=3)
 
 
+NEEDED: dict[str, type[nn.Module]] = {"precode": Bottlenecked}
+"""Networks that a protection is made for; any other takes every network."""
+
+
 class OneWeight(nn.Module):
     """logits = (w x, 0): an update of one number, so that densities integrate by quadrature."""
 
