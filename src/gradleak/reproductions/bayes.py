@@ -107,7 +107,7 @@ class _Size:
 
 
 _SIZES = {
-    "quick": _Size(("mnist",), targets=6, oracle=0, trained=0, group=6, settings=5, images=2),
+    "quick": _Size(("mnist",), targets=6, oracle=0, trained=0, group=6, settings=4, images=2),
     "full": _Size(tuple(DATA), targets=100, oracle=20, trained=20, group=20),
 }
 
