@@ -69,6 +69,21 @@ def test_a_granted_prior_is_recorded(
     assert again.findings == first.findings
 
 
+def test_the_ceiling_is_the_auditors_and_changes_no_claim(tmp_path: Path) -> None:
+    asked = {
+        "data": "digits", "model": "mlp", "attacks": "posterior:steps=20,restarts=1",
+        "defenses": "gaussian-noise:std=0.1", "targets": 2, "workers": 0,
+    }  # fmt: skip
+    plain = gl.audit(**asked, out=tmp_path / "plain")  # type: ignore[arg-type]
+    with_it = gl.audit(**asked, ceiling=True, out=tmp_path / "ceiling")  # type: ignore[arg-type]
+    for before, after in zip(plain.findings, with_it.findings, strict=True):
+        own, begun = before["measurements"]["psnr_db"], after["measurements"]["psnr_db"]
+        assert own["ceiling"] is None
+        assert own["value"] == begun["value"]
+        assert begun["ceiling"] > begun["value"]
+        assert all("ceiling" in t for t in after["targets"])
+
+
 def test_findings_are_named_and_measured(report: gl.LeakageReport) -> None:
     assert [f["id"] for f in report.findings] == [
         f"digits/mlp/init/fedsgd-b1/{defense}/{attack}"
