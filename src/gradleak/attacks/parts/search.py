@@ -44,6 +44,12 @@ def step_decay(step: int, steps: int) -> float:
     return float(0.1 ** sum(step >= steps * eighths // 8 for eighths in (3, 5, 7)))
 
 
+def fading_in(first: float) -> Callable[[int, int], float]:
+    """A factor that grows geometrically from min(first, 1) to 1 over the first half of a search."""
+    start = min(first, 1.0)
+    return lambda step, steps: float(start ** max(0.0, 1 - step / max(1, steps // 2)))
+
+
 def _unannealed(step: int, steps: int) -> float:
     return 1.0
 

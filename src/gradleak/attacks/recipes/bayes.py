@@ -12,7 +12,7 @@ from gradleak.attacks.parts.known_labels import known_or_recovered
 from gradleak.attacks.parts.likelihood import DataTerm, data_term, variance
 from gradleak.attacks.parts.objective import Objective
 from gradleak.attacks.parts.penalties import wrapped_variation
-from gradleak.attacks.parts.search import Search, adam
+from gradleak.attacks.parts.search import Search, adam, fading_in
 from gradleak.attacks.parts.unknowns import Images, Variables
 from gradleak.attacks.recipe import Recipe
 from gradleak.types import About, Fact, Observation
@@ -91,16 +91,11 @@ class Bayes(Recipe):
         )
 
     def search(self, objective: Objective, start: Variables) -> Search:
-        first = min(self.fade * variance(objective.fit.seen[0]), 1.0)
-
-        def annealing(step: int, steps: int) -> float:
-            return float(first ** max(0.0, 1 - step / max(1, steps // 2)))
-
         return adam(
             objective,
             start,
             steps=self.steps,
             learning_rate=self.learning_rate,
             schedule=lambda step, steps: self.decay**step,
-            annealing=annealing,
+            annealing=fading_in(self.fade * variance(objective.fit.seen[0])),
         )

@@ -15,7 +15,7 @@ from gradleak.attacks.parts.langevin import posterior_mean
 from gradleak.attacks.parts.likelihood import DataTerm, data_term, variance
 from gradleak.attacks.parts.objective import Objective
 from gradleak.attacks.parts.penalties import Penalty
-from gradleak.attacks.parts.search import Search, adam
+from gradleak.attacks.parts.search import Search, adam, fading_in
 from gradleak.attacks.parts.unknowns import Images, Variables
 from gradleak.attacks.recipe import Recipe
 from gradleak.priors import TotalVariation
@@ -84,8 +84,7 @@ class Posterior(Recipe):
     def compose(self, seen: Sequence[Observation]) -> Objective:
         term = self.data_term(seen)
         labels = torch.stack([known_or_recovered(o) for o in seen])
-        beliefs = {id(o.knowledge.prior): self._prior(o) for o in seen}
-        priors = [beliefs[id(o.knowledge.prior)] for o in seen]
+        priors = self._priors(seen)
         return Objective(
             unknown=Images(
                 seen[0].data,
@@ -101,6 +100,12 @@ class Posterior(Recipe):
             penalties=((1.0, _surprise(priors, labels)),),
         )
 
+    def _priors(self, seen: Sequence[Observation]) -> list[Prior]:
+        """What is believed of every target; one object wherever one prior was granted."""
+        distinct = {id(o.knowledge.prior): o for o in seen}
+        beliefs = {key: self._prior(o) for key, o in distinct.items()}
+        return [beliefs[id(o.knowledge.prior)] for o in seen]
+
     def _prior(self, seen: Observation) -> Prior:
         if seen.knowledge.prior is not None:
             return seen.knowledge.prior.to(self.dtype)
@@ -111,9 +116,10 @@ class Posterior(Recipe):
         """The prior's mean first; then draws from it, or noise where it cannot be drawn from."""
         start = super().starts(objective, generators)
         labels = objective.unknown.labels
-        for number, (generator, seen) in enumerate(zip(generators, objective.fit.seen)):
-            prior, own = self._prior(seen), number * self.restarts
-            known = seen.knowledge.batch_size or 1 if labels is None else labels[number]
+        seen = objective.fit.seen
+        for number, (generator, prior) in enumerate(zip(generators, self._priors(seen))):
+            own = number * self.restarts
+            known = objective.unknown.batch_size if labels is None else labels[number]
             start["inputs"][own] = prior.mean(known).to(start["inputs"])
             if not prior.proper:
                 continue
@@ -124,11 +130,7 @@ class Posterior(Recipe):
         return start
 
     def search(self, objective: Objective, start: Variables) -> Search:
-        first = min(variance(objective.fit.seen[0]), 1.0)
-
-        def annealing(step: int, steps: int) -> float:
-            return float(first ** max(0.0, 1 - step / max(1, steps // 2)))
-
+        annealing = fading_in(variance(objective.fit.seen[0]))
         return self._estimated(objective, self._descend(objective, start, annealing))
 
     def refine(self, objective: Objective, start: Variables) -> Search:
