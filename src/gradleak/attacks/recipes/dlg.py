@@ -30,11 +30,13 @@ class DLG(Recipe):
     Args:
         steps: accepted L-BFGS steps per restart.
         restarts: independent starts; the objective chooses.
+        halving: drop the worse half of the restarts after …, 1/4 and 1/2 of the steps.
         tolerance: a target is solved at objective ≤ tolerance · ‖u‖².
     """
 
     steps: int = 1200
     restarts: int = 4
+    halving: bool = False
     tolerance: float = 1e-20
 
     about: ClassVar[About] = About(
@@ -71,4 +73,4 @@ class DLG(Recipe):
     def search(self, objective: Objective, start: Variables) -> Search:
         norms = [objective.fit.norm(t) for t in range(len(objective.fit.received))]
         solved = [self.tolerance * norm**2 for norm in norms]
-        return lbfgs(objective, start, steps=self.steps, solved=solved)
+        return lbfgs(objective, start, steps=self.steps, solved=solved, halving=self.cuts)

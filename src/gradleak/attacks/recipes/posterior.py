@@ -41,6 +41,8 @@ class Posterior(Recipe):
         steps: gradient evaluations per start.
         learning_rate: Adam's first step, as a share of the box; falls to zero by a cosine.
         restarts: starts; the posterior chooses.
+        halving: drop the worse half of the starts after …, 1/4 and 1/2 of the steps, by the
+            objective that they share there.
         estimate: "map", the maximum; "mean", which minimises the expected squared error (Langevin
             chain from the maximum); "ball", the maximum averaged over a ball around the claim.
         radius: of the ball, root mean square per pixel, as a share of the box.
@@ -52,6 +54,7 @@ class Posterior(Recipe):
     steps: int = 600
     learning_rate: float = 0.05
     restarts: int = 4
+    halving: bool = False
     estimate: Literal["map", "mean", "ball"] = "map"
     radius: float = 0.05
     chain: int = 4000
@@ -152,6 +155,7 @@ class Posterior(Recipe):
             learning_rate=self.learning_rate * (high - low),
             schedule=lambda step, steps: 0.5 * (1 + math.cos(math.pi * step / steps)),
             annealing=annealing,
+            halving=self.cuts,
         )
 
     def _estimated(self, objective: Objective, found: Search) -> Search:
