@@ -139,8 +139,8 @@ def draws_that_stay_below(name: str, draws: int, repeats: int = 400) -> int:
 
 
 def test_confidence_of_the_floor() -> None:
-    """95 % nominal, 400 floors of 40 draws, alpha = 1e-3: information that is bounded, and with a far
-    tail (x⁴ under a normal prior)."""
+    """95 % nominal, 400 floors of 40 draws, alpha = 1e-3: bounded information, and a far tail (x⁴
+    under a normal prior)."""
     for name in ("tanh", "cubic"):
         assert draws_that_stay_below(name, 40) >= stats.binom.ppf(1e-3, 400, 0.95)
 
