@@ -11,9 +11,15 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
+import gradleak as gl
+from gradleak.attacks import InvertingGradients
 from gradleak.attacks.parts.lbfgs import lbfgs
 from gradleak.attacks.parts.search import Best, Search, adam, halvings, step_decay
 from gradleak.attacks.parts.unknowns import Variables
+from gradleak.data import load
+from gradleak.models import build
+from gradleak.seeding import target_generator
+from gradleak.types import ModelState
 from tests.laws.small import stream
 
 
@@ -290,3 +296,22 @@ def test_trials_are_compared_at_one_factor(share: float, kept: int) -> None:
     )
     assert survivors(found) == [kept]
     assert int(found.values.argmin()) == kept
+
+
+def test_a_recipe_halves_each_target_as_it_would_alone_and_says_so() -> None:
+    digits = load("digits")
+    state = ModelState.of(build("lenet-tiny", digits.spec, seed=0))
+    threat = gl.ThreatModel()
+    seen = [
+        gl.simulate(gl.Scenario(digits, state, threat=threat), generator=stream(t))[0]
+        for t in range(2)
+    ]
+    attack = InvertingGradients(steps=40, restarts=4, halving=True)
+    streams = [target_generator(0, t) for t in range(2)]
+    together = attack.on_group(seen, generators=streams, engine="loop")
+    for t in range(2):
+        alone = attack.on_group(seen[t : t + 1], generators=streams[t : t + 1], engine="loop")[0]
+        torch.testing.assert_close(together[t].batch.inputs, alone.batch.inputs)
+        assert alone.evaluations == together[t].evaluations == 40 + 20 + 2 * 10
+        assert alone.message == "best of 4 restarts, 3 dropped early"
+        assert alone.status == "exhausted"

@@ -162,9 +162,16 @@ class Posterior(Recipe):
         if self.estimate != "mean":
             return found
         stream = torch.Generator().manual_seed(0)
-        means = posterior_mean(objective, found.variables, steps=self.chain, generator=stream)
-        spent = [e + self.chain for e in found.evaluations]
-        return replace(found, variables=means, evaluations=spent)
+        kept = [t for t, status in enumerate(found.status) if status != "dropped"]
+        part = replace(objective, targets=tuple(objective.targets[t] for t in kept))
+        rows = {k: v[kept] for k, v in found.variables.items()}
+        means = posterior_mean(part, rows, steps=self.chain, generator=stream)
+        variables = {
+            k: v.index_copy(0, torch.tensor(kept).to(v.device), means[k])
+            for k, v in found.variables.items()
+        }
+        spent = [e + self.chain * (t in kept) for t, e in enumerate(found.evaluations)]
+        return replace(found, variables=variables, evaluations=spent)
 
 
 def _surprise(priors: Sequence[Prior], labels: Tensor) -> Penalty:
