@@ -54,7 +54,10 @@ class DLG(Recipe):
             "the claim is clamped into the data's bounds at the end",
         ),
     )
-    budgets: ClassVar = {"quick": {"steps": 200, "restarts": 2}, "thorough": {"restarts": 8}}
+    budgets: ClassVar = {
+        "quick": {"steps": 200, "restarts": 2},
+        "thorough": {"restarts": 16, "halving": True},
+    }
 
     def compose(self, seen: Sequence[Observation]) -> Objective:
         return Objective(
