@@ -38,6 +38,8 @@ class Bayes(Recipe):
         total_variation: w, on Σ (∂x)² with wrap-around.
         fade: of the start of f, σ² being the protection's variance per coordinate.
         restarts: independent starts; the posterior chooses.
+        halving: drop the worse half of the restarts after …, 1/4 and 1/2 of the steps, by the
+            objective that they share there.
     """
 
     steps: int = 200
@@ -46,6 +48,7 @@ class Bayes(Recipe):
     total_variation: float = 1.0
     fade: float = 1.0
     restarts: int = 1
+    halving: bool = False
 
     about: ClassVar[About] = About(
         id="bayes",
@@ -98,4 +101,5 @@ class Bayes(Recipe):
             learning_rate=self.learning_rate,
             schedule=lambda step, steps: self.decay**step,
             annealing=fading_in(self.fade * variance(objective.fit.seen[0])),
+            halving=self.cuts,
         )
