@@ -233,9 +233,7 @@ def run_audit(
     with Store(directory) as store:
         prepared = _prepare_states(settings, network, dataset, division, watcher=watcher)
         belief, auditors = _prepare_priors(settings, dataset, division, watcher=watcher)
-        jobs = plan(
-            settings, dataset, division, states=prepared, belief=belief, auditors=auditors
-        )
+        jobs = plan(settings, dataset, division, states=prepared, belief=belief, auditors=auditors)
         clock = _Clock(started, store, jobs)
         _run(settings, jobs, store, watcher=watcher, arrange=arrange, clock=clock)
         records = [store.records[job.key] for job in jobs]

@@ -40,11 +40,11 @@ def best_guess(
     inputs = bank.flatten(1)
     classes = torch.zeros(len(bank), dtype=torch.int64) if labels is None else labels
     total = [0.0] * len(spans)
-    for c in classes.unique():
+    for c in set(classes.tolist()):
         same = inputs[classes == c]
         densest = [0] * len(spans)
-        for rows in same.split(_ROWS):
-            distance = squared_distances(rows, same)
+        for start in range(0, len(same), _ROWS):
+            distance = squared_distances(same[start : start + _ROWS], same)
             densest = [
                 max(most, int((distance <= s).sum(1).max())) for most, s in zip(densest, spans)
             ]

@@ -64,7 +64,7 @@ Finding = dict[str, Any]
 Scores = Mapping[str, Sequence[float]]
 
 _RATES = {"identified": "", "label_accuracy": ""}
-_NO_CLAIM = ("failed", "diverged", "no_solution")
+NO_CLAIM = ("failed", "diverged", "no_solution")
 _COUNTED = ("solved", "diverged", "failed", "no_solution")
 _CAUSES = ("optimiser_limited", "information_limited", "unattributed")
 
@@ -103,7 +103,7 @@ class _Target:
     @property
     def missed(self) -> str | None:
         """Why the target was missed; None where it was solved or there is no claim."""
-        if self.solved or self.status in _NO_CLAIM:
+        if self.solved or self.status in NO_CLAIM:
             return None
         if not (math.isfinite(self.objective) and math.isfinite(self.objective_at_truth)):
             return "unattributed"
@@ -256,15 +256,13 @@ class _Foretold:
         pairs = [
             (scores, float(np.mean(t.scores["mse"])))
             for t in targets
-            if t.status not in _NO_CLAIM and (scores := self.of(t)) and t.scores.get("mse")
+            if t.status not in NO_CLAIM and (scores := self.of(t)) and t.scores.get("mse")
         ]
         ranks = ranking([scores for scores, _ in pairs], [error for _, error in pairs])
         return {"prior": self.prior, "ranking": ranks}
 
 
-def _finding(
-    name: str, records: Sequence[Mapping[str, Any]], *, foretold: _Foretold
-) -> Finding:
+def _finding(name: str, records: Sequence[Mapping[str, Any]], *, foretold: _Foretold) -> Finding:
     first = records[0]
     states = [str(r["state"]) for r in records]
     reasons = _unique(str(r["reason"]) for r in records if r.get("reason"))
@@ -382,7 +380,7 @@ def _settle(targets: Sequence[_Target]) -> None:
             count = 1 if name == "label_accuracy" else b
             fallback = [usual[name]] * count if math.isfinite(usual[name]) else [0.0] * count
             guess = target.guess.get(name) or fallback
-            if target.status in _NO_CLAIM or name not in claimed:
+            if target.status in NO_CLAIM or name not in claimed:
                 submitted[name] = [0.0] * count if name == "identified" else list(guess)
             else:
                 submitted[name] = [

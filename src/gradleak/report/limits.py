@@ -32,6 +32,8 @@ def limits(
 ) -> list[dict[str, Any]]:
     """What a condition proves or foretells, beside what one attack on it demonstrates.
 
+    A floor is a score: it presumes that targets follow the prior, which real ones do not exactly.
+
     Args:
         proved: ceiling of the condition, or why there is none; None where nobody asked.
         floor: floor under the mean squared error, likewise.
@@ -59,21 +61,17 @@ def limits(
         broken = least is not None and seen.high < least
         why = [str(floor["why_not"])] if least is None else list(floor["unless"])
         found.append(
-            _limit("mse", "at least", least, mse, seen, broken, why=why) | {"proved": not why}
+            _limit("mse", "at least", least, mse, seen, broken, why=why) | {"proved": False}
         )
     return found
 
 
 def violations(found: Sequence[Json]) -> list[str]:
-    """The proved limits that are broken, each in a sentence for everybody."""
+    """The proved limits that are broken, each in a sentence."""
     return [
-        f"{_share(x['demonstrated']['value'])} of images identified "
-        f"({x['demonstrated']['confidence']:.1%} interval from "
-        f"{_share(x['demonstrated']['low'])}), where at most {_share(x['limit'])} are "
-        "possible: noise or clipping is not what it claims"
-        if x["metric"] == "identified"
-        else f"mean squared error {x['demonstrated']['value']:.3g}, at least {x['limit']:.3g} "
-        "is possible: noise or prior is not what it claims"
+        f"{x['demonstrated']['value']:.1%} of images identified "
+        f"({x['demonstrated']['confidence']:.1%} interval from {x['demonstrated']['low']:.1%}), "
+        f"where at most {x['limit']:.1%} is possible: noise or clipping is not what it claims"
         for x in found
         if x["proved"] and x["broken"]
     ]
@@ -131,7 +129,3 @@ def _limit(
         "broken": broken,
         "why": why,
     }
-
-
-def _share(value: float) -> str:
-    return f"{value:.1%}"

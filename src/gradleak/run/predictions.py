@@ -33,15 +33,12 @@ _ENTRIES = 2048
 
 _EXACT = ("clip", "top-k", "partial-sharing")
 _CONTINUOUS = ("clip", "partial-sharing", "random-mask")
-_SMOOTH = frozenset(
-    "add addmm alias as_strided avg_pool2d _adaptive_avg_pool2d bmm cat clone contiguous "
-    "convolution detach div elu exp expand gelu log _log_softmax matmul mean mish mm mul "
-    "native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm native_group_norm "
-    "native_layer_norm neg permute pow reshape rsqrt sigmoid silu select slice _softmax softplus "
-    "split split_with_sizes sqrt squeeze sub sum t tanh transpose _to_copy unsqueeze _unsafe_view "
-    "var_mean view".split()
-)
-"""Operations that leave the gradient continuous, as PyTorch's dispatcher names them."""
+_JUMPS = frozenset(
+    {"relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "_prelu_kernel", "rrelu", "hardtanh",
+     "hardtanh_", "hardswish", "hardsigmoid", "threshold", "clamp", "clamp_min", "clamp_max", "abs",
+     "max", "amax", "maximum", "max_pool2d", "max_pool2d_with_indices", "adaptive_max_pool2d"}
+)  # fmt: skip
+"""Operations with kinks, as PyTorch's dispatcher names them: the gradient jumps there."""
 
 
 class Released(NamedTuple):
@@ -127,8 +124,8 @@ def floor(
     spec: DataSpec,
     batch_size: int,
     generator: torch.Generator,
-) -> dict[str, Any]:
-    """The van Trees floor of a condition.
+) -> dict[str, Any] | None:
+    """The van Trees floor of a condition; None without noise.
 
     Returns:
         "mse" (a lower limit, peak 1), its "confidence" and "n" draws, and "unless": assumptions
@@ -138,7 +135,7 @@ def floor(
     if isinstance(released, str):
         return {"why_not": released}
     if not released.information:
-        return {"why_not": "without noise there is no floor"}
+        return None
     d = batch_size * torch.Size(spec.shape).numel()
     p = sum(v.numel() for v in state.params.values())
     if large := too_large(d, p, most=MATRICES):
@@ -146,7 +143,8 @@ def floor(
     labels = prior.shares.cpu().multinomial(DRAWS * batch_size, True, generator=generator)
     inputs = prior.sample(labels, generator=generator)
     draws = [
-        Batch(x, y) for x, y in zip(inputs.split(batch_size), labels.split(batch_size), strict=True)
+        Batch(inputs[i : i + batch_size], labels[i : i + batch_size])
+        for i in range(0, len(inputs), batch_size)
     ]
 
     def information(draw: Batch) -> Tensor:
@@ -155,9 +153,7 @@ def floor(
 
     bound = metrics.van_trees_floor(information, draws, precision=precision(prior, batch_size))
     unless = ["real data follow the fitted prior only roughly"]
-    kinks = operations(state, inputs[:1]) - _SMOOTH
-    if kinks:
-        unless.append(f"the network may make its gradient jump ({', '.join(sorted(kinks))})")
+    unless += [f"{kink} makes the gradient jump" for kink in sorted(kinks(state, inputs[:1]))]
     unless += [
         f"{rule} makes the update jump"
         for rule in _rules(released.centre)
@@ -176,7 +172,8 @@ def floor(
 
 def precision(prior: Gaussians, batch_size: int) -> Tensor:
     """The information that a prior holds about a batch of independent examples."""
-    return torch.block_diag(*[prior.precision] * batch_size)
+    one = prior.precision
+    return torch.kron(torch.eye(batch_size).to(one), one)
 
 
 def too_large(d: int, p: int, *, most: int) -> str:
@@ -186,23 +183,29 @@ def too_large(d: int, p: int, *, most: int) -> str:
     return f"{d} inputs × {p} parameters are too many for an exact information matrix here"
 
 
-def operations(state: ModelState, inputs: Tensor) -> set[str]:
-    """Names of the operations that the network runs, whether modules or plain calls."""
-    seen: set[str] = set()
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            seen.add(func.overloadpacket.__name__)
-            return func(*args, **(kwargs or {}))
-
+def kinks(state: ModelState, inputs: Tensor) -> set[str]:
+    """The operations with kinks that the network runs, whether in modules or in plain calls."""
     reference = next(iter(state.params.values()))
     model = template(state.model, "eval")
     given = (dict(state.params), own_buffers(model, state))
-    with torch.no_grad(), Watch():
+    watch = _Operations()
+    with torch.no_grad(), watch:
         torch.func.functional_call(model, given, (inputs.to(reference),))
-    return seen
+    return watch.seen & _JUMPS
+
+
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The names of what runs inside the context."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def _released(mechanism: Mechanism, *, batch_size: int) -> Released | str:
@@ -235,5 +238,3 @@ def _gram(f: UpdateMap, inputs: Tensor, parameters: int) -> Tensor:
     """JᵀJ with so many columns at a time as fit into about 100 MB."""
     chunk = max(1, min(64, 12_000_000 // parameters))
     return metrics.information_matrix(f, inputs, chunk=chunk)
-
-
