@@ -109,7 +109,7 @@ def _decimal(value: float | None) -> str:
 
 def _verdict(finding: Mapping[str, Any]) -> str:
     if finding.get("violations"):
-        return "ERROR: beats what is proved"
+        return "ERROR"
     if finding["state"] == "measured":
         return str(finding["verdict"])
     return f"{finding['state'].replace('_', ' ')}: {finding['reason']}"

@@ -142,6 +142,7 @@ def floor(
         return {"why_not": large}
     labels = prior.shares.cpu().multinomial(DRAWS * batch_size, True, generator=generator)
     inputs = prior.sample(labels, generator=generator)
+    labels = labels.to(inputs.device)
     draws = [
         Batch(inputs[i : i + batch_size], labels[i : i + batch_size])
         for i in range(0, len(inputs), batch_size)
