@@ -128,7 +128,9 @@ def test_the_strongest_adversary_of_an_honest_client_breaks_nothing(
     """H0: success ≤ ceiling; n = 24 clients, one-sided alpha = 0.001."""
     finding = audited(tmp_path, monkeypatch)
     (limit,) = finding["limits"]
-    assert limit["limit"] == pytest.approx(gaussian_ceiling(0.01, noise_multiplier=MULTIPLIER), rel=1e-6)
+    assert limit["limit"] == pytest.approx(
+        gaussian_ceiling(0.01, noise_multiplier=MULTIPLIER), rel=1e-6
+    )
     assert limit["demonstrated"]["value"] > 0, "the adversary is no straw man"
     assert limit["proved"]
     assert not limit["broken"]

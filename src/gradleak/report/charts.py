@@ -179,7 +179,7 @@ def scatter(points: Sequence[tuple[float, float]], *, name: str) -> Markup:
 
     Axes span whole decades, as many as the points need; errors of zero lie at their lower end.
     """
-    width, height, left, right, top, bottom = 316, 300, 52.0, 306.0, 8.0, 250.0
+    width, height, left, right, top, bottom = 316, 300, 52.0, 296.0, 10.0, 250.0
     logs = [math.log10(error) for pair in points for error in pair if error > 0] or [0.0]
     low = math.floor(min(logs))
     high = max(math.ceil(max(logs)), low + 2)

@@ -86,7 +86,8 @@ def _line(pair: Pair, limit: Json) -> Line:
             f"a guess has {wording.percent(limit.get('kappa'))}"
         )
     if limit["limit"] is None:
-        css, word = "untested", "Nothing proved"
+        named = "Nothing proved" if limit["metric"] == "identified" else "Not computed"
+        css, word = "untested", named
     elif limit["proved"]:
         css, word = ("leaks", "Error: broken") if limit["broken"] else ("protected", "Holds")
     else:
