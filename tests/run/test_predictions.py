@@ -72,7 +72,9 @@ def test_what_does_not_apply_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no derivative" in scored("sign+gaussian-noise:std=1")["why_not"]["posterior_trace"]
     monkeypatch.setattr(predictions, "MATRIX", 1000)
     found = scored("gaussian-noise:std=0.1")
-    assert found["why_not"]["posterior_trace"].startswith("16 inputs × 123 parameters are too many")
+    assert found["why_not"]["posterior_trace"].startswith(
+        "a Jacobian of 16 inputs × 123 parameters"
+    )
     assert found["dfil"] > 0, "probes need no matrix"
 
 

@@ -181,7 +181,7 @@ def too_large(d: int, p: int, *, most: int) -> str:
     """Why a Jacobian of p × d is not computed; empty where it is."""
     if d <= _ENTRIES and d * p <= most:
         return ""
-    return f"{d} inputs × {p} parameters are too many for an exact information matrix here"
+    return f"a Jacobian of {d} inputs × {p} parameters: too large to be computed here"
 
 
 def kinks(state: ModelState, inputs: Tensor) -> set[str]:
