@@ -15,7 +15,7 @@ import gradleak as gl
 from gradleak.attacks import DLG
 from gradleak.attacks.parts import distances
 from gradleak.attacks.parts.distances import Distance, cosine, squared_l2
-from gradleak.attacks.parts.fast import kernel, probe, rules
+from gradleak.attacks.parts.fast import kernel, patches, probe, rules
 from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import calibrated
 from gradleak.defenses import Clip, GaussianNoise
@@ -232,6 +232,38 @@ def test_every_rule_is_plain_autograd(
     assert _compare(matching, *_claims(3, size, soft=True), [0, 1, 2]) < 1e-10
     assert _compare(matching, *_claims(2, size, soft=False), [1, 1]) < 1e-10
     assert _compare(matching, *_claims(1, size, soft=True), [2]) < 1e-10
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    ("window", "stride", "padding", "dilation"),
+    [
+        ((3, 3), (1, 1), (1, 1), (1, 1)),
+        ((3, 2), (2, 1), (0, 2), (1, 2)),
+        ((1, 1), (3, 2), (0, 0), (1, 1)),
+        ((2, 3), (4, 4), (1, 0), (1, 1)),  # pixels in no window
+    ],
+)
+def test_patches_hold_what_unfold_and_fold_give(
+    window: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    last: bool,
+) -> None:
+    stream = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 5, 9, 6, generator=stream, dtype=torch.float64)
+    if last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    theirs = F.unfold(images, window, dilation, padding, stride)
+    windows = patches.Windows((9, 6), window, stride, padding, dilation)
+    found = windows.patches(images)
+    split = found.view(2, -1, *window, 5).permute(0, 4, 2, 3, 1)
+    assert torch.equal(split.flatten(1, 3), theirs)
+    weights = torch.randn(found.shape, generator=stream, dtype=torch.float64)
+    split = weights.view(2, -1, *window, 5).permute(0, 4, 2, 3, 1).flatten(1, 3)
+    wanted = F.fold(split, (9, 6), window, dilation, padding, stride)
+    assert torch.allclose(windows.images(weights), wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradleak.attacks.parts.fast.kernel import Kernel, input_gradient, weight_gradient
+from gradleak.attacks.parts.fast.patches import Windows
 
 _BLOCK = 4096
 _GRAM_POSITIONS = 64
@@ -67,8 +68,10 @@ class Received:
             distinct = self.updates[:1] if self._same else self.updates
             values = [u[name] for u in distinct]
             if channels_last:
-                values = [v.contiguous(memory_format=torch.channels_last) for v in values]
+                values = [v.permute(0, 2, 3, 1).contiguous() for v in values]
             one = values[0][None] if self._same else torch.stack(values)
+            if channels_last:
+                one = one.permute(0, 1, 4, 2, 3)
             self._stacked[key] = one.expand(len(self.updates), *one.shape[1:])
         return self._stacked[key]
 
@@ -352,55 +355,40 @@ class FormedConvRule(ConvRule):
 class GramConvRule(ConvRule):
     """Weight gradients are never formed: only the patches' products with each other.
 
-    With A the patches of a trial, one column per position: g = D Aᵀ, so that conv(x, g) = D AᵀA,
-    conv(x, G) = G A, and the transposes sum the columns of A DᵀD and GᵀD into the image.
+    With A the patches of a trial, one row per position: g = Dᵀ A, so that conv(x, g) = A Aᵀ D and
+    conv(x, G) = A Gᵀ, and the transposes sum the rows of D Dᵀ A and D G into the image.
     """
 
     def moments(self, d: Tensor) -> tuple[Tensor, Tensor]:
-        self.d, x, k = d, self.x.detach(), self.kernel
-        self.G = self.received.stacked(self.names[0]).flatten(2)
-        patches = F.unfold(x, k.weight.shape[2:], k.dilation, k.padding, k.stride)
-        self.patches = self._columns(patches)
-        self.columns = self._columns(d.flatten(2))
-        self.U = torch.bmm(self.G, self.patches)
-        self.Y = torch.bmm(self.columns, torch.bmm(self.patches.transpose(1, 2), self.patches))
+        k = self.kernel
+        size, window = _sides(self.x), _sides(k.weight)
+        self.windows = Windows(size, window, k.stride, k.padding, k.dilation)
+        G = self.received.stacked(self.names[0], channels_last=True)
+        self.G = G.permute(0, 1, 3, 4, 2).flatten(2)
+        self.rows = self._rows(self.windows.patches(self.x.detach()))
+        self.d = self._rows(d.permute(0, 2, 3, 1).flatten(1, 2))
+        self.U = torch.bmm(self.rows, self.G.transpose(1, 2))
+        self.Y = _times(_gram(self.rows), self.d)
         self._form_bias(d)
-        return inner_products(self.U, self.columns), inner_products(self.Y, self.columns)
+        return inner_products(self.U, self.d), inner_products(self.Y, self.d)
 
     def gap(self) -> Tensor:
-        pairs = zip(self.columns, self.patches, self.G, strict=True)
-        terms = [((columns @ patches.T - G) ** 2).sum() for columns, patches, G in pairs]
-        return torch.stack(terms)
+        pairs = zip(self.d, self.rows, self.G, strict=True)
+        return torch.stack([((d.T @ rows - G) ** 2).sum() for d, rows, G in pairs])
 
     def pull(self, a: Tensor, b: Tensor, v: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        k, columns = self.kernel, self.columns
-        wide_a, wide_b = a[:, None, None], b[:, None, None]
-        in_d = self._maps(torch.addcmul(self.Y.mul_(wide_a), self.U, wide_b), self.d)
+        a, b = a[:, None, None], b[:, None, None]
+        images = len(self.x)
+        in_d = torch.addcmul(self.Y.mul_(a), self.U, b).view(images, *self.windows.counts, -1)
+        in_d = in_d.permute(0, 3, 1, 2)
         self._add_bias_pull_(in_d, v)
-        pulled = torch.bmm(self.patches, _gram(columns.transpose(1, 2)) * wide_a)
-        pulled += torch.bmm((columns * wide_b).transpose(1, 2), self.G).transpose(1, 2)
-        window = k.weight.shape[2:]
-        in_x = F.fold(
-            self._images(pulled), self.x.shape[2:], window, k.dilation, k.padding, k.stride
-        )
-        return in_d, in_x
+        in_x = torch.bmm(b * self.d, self.G)
+        in_x.addcmul_(_times(_gram(self.d), self.rows), a)
+        return in_d, self.windows.images(in_x.view(images, -1, in_x.shape[2]))
 
-    def _columns(self, values: Tensor) -> Tensor:
-        """(trials·b, K, P) to (trials, K, b·P)."""
-        if values.shape[0] == len(self.received):
-            return values
-        return self._per_trial(values).transpose(1, 2).flatten(2)
-
-    def _images(self, values: Tensor) -> Tensor:
-        """(trials, K, b·P) to (trials·b, K, P)."""
-        images = self.x.shape[0] // len(values)
-        if images == 1:
-            return values
-        split = values.reshape(*values.shape[:2], images, -1)
-        return split.transpose(1, 2).flatten(0, 1)
-
-    def _maps(self, values: Tensor, like: Tensor) -> Tensor:
-        return self._images(values).reshape(like.shape)
+    def _rows(self, values: Tensor) -> Tensor:
+        """(trials·b, P, K) to (trials, b·P, K)."""
+        return values.reshape(len(self.received), -1, values.shape[2])
 
 
 def conv_rule(x: Tensor, kernel: Kernel, names: Sequence[str], received: Received) -> ConvRule:
@@ -442,6 +430,11 @@ def _per_image(values: Tensor, images: int) -> Tensor:
     """(trials, ...) repeated for the images of every trial: (images, ...)."""
     each = images // len(values)
     return values.repeat_interleave(each, 0) if each > 1 else values
+
+
+def _sides(images: Tensor) -> tuple[int, int]:
+    height, width = images.shape[2:]
+    return height, width
 
 
 def _is_channels_last(images: Tensor) -> bool:
