@@ -59,7 +59,8 @@ class FastFit:
         self.names = {id(p): name for name, p in trained_tensors(self.model, state).items()}
         convolved = sum(p.numel() for p in self.model.parameters() if p.ndim == 4)
         reference = next(iter(state.params.values()))
-        self.may_pack = convolved >= _WORTH_PACKING and can_pack(reference)
+        self.large = convolved >= _WORTH_PACKING
+        self.may_pack = self.large and can_pack(reference)
         self.constants = Constants()
         self.copies = False
         self._groups: dict[tuple[int, ...], Received] = {}
@@ -143,7 +144,7 @@ class FastFit:
         # With many images, laying weights out anew for every call costs little.
         packs = self.may_pack and len(x) == len(received) <= _FEW_TRIALS
         tape = Tape(self.names, self.constants, received, copies=self.copies, packs=packs)
-        if x.ndim == 4:
+        if x.ndim == 4 and (packs or not self.large):  # else weights would be turned every time
             x = x.contiguous(memory_format=torch.channels_last)
         with tape, differentiable_twice():
             logits = self.model(x)

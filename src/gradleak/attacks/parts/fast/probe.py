@@ -94,13 +94,12 @@ def _agrees_in(
 
 def _update(like: Tensor, stream: torch.Generator) -> Tensor:
     """Random numbers of this shape, most of them several times over, in little memory."""
-    strides = [1]
-    for side in reversed(like.shape[1:]):
-        strides.append(strides[-1] + min(side, _APART))
-    strides = strides[: like.ndim][::-1]
-    span = sum(s * (n - 1) for s, n in zip(strides, like.shape, strict=True)) + 1
+    count = like.shape[0] if like.ndim else 1
+    row = like.numel() // count
+    span = row + _APART * (count - 1)
     numbers = torch.randn(span, generator=stream, dtype=like.dtype) / like.numel() ** 0.5
-    return torch.as_strided(numbers.to(like.device), like.shape, strides)
+    update: Tensor = numbers.to(like.device).unfold(0, row, _APART).view(like.shape)
+    return update
 
 
 def structure(state: ModelState, client: FedSGD) -> Hashable | None:

@@ -119,6 +119,12 @@ class Rule(ABC):
         """
 
 
+def many(x: Tensor, d: Tensor) -> bool:
+    """Whether a trial has so many rows (trials, n, ...) that g = Dᵀ x is formed for a moment."""
+    rows, inner, outer = x.shape[1], x.shape[2], d.shape[2]
+    return 2 * rows * (inner + outer) > inner * outer
+
+
 class Rows:
     """A product z = x Wᵀ of rows, of which those of one trial share one W: g = Dᵀ x.
 
@@ -132,10 +138,9 @@ class Rows:
     """
 
     def __init__(self, x: Tensor, d: Tensor, G: Tensor) -> None:
-        self.x, self.d, self.G = x, d, G
-        rows, inner, outer = x.shape[1], x.shape[2], d.shape[2]
-        self.whole = 2 * rows * (inner + outer) > inner * outer
-        if self.whole:
+        self.x, self.d = x, d
+        self.many = many(x, d)
+        if self.many:
             self.g = torch.bmm(d.transpose(1, 2), x)
             self.moments = inner_products(self.g, G), inner_products(self.g, self.g)
         else:
@@ -143,20 +148,20 @@ class Rows:
             self.Y = _times(_gram(x), d)
             self.moments = inner_products(self.U, d), inner_products(self.Y, d)
 
-    def gap(self) -> Tensor:
+    def gap(self, G: Tensor) -> Tensor:
         """‖g − G‖² without cancellation."""
-        if self.whole:
-            return ((self.g - self.G) ** 2).flatten(1).sum(1)
-        pairs = zip(self.d, self.x, self.G, strict=True)
+        if self.many:
+            return ((self.g - G) ** 2).flatten(1).sum(1)
+        pairs = zip(self.d, self.x, G, strict=True)
         return torch.stack([((d.T @ x - G) ** 2).sum() for d, x, G in pairs])
 
-    def pull(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, a: Tensor, b: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of Σ_t ⟨g_t, v_t⟩ at v_t = a_t g_t + b_t G_t, in D and in x; once only."""
         a, b = a[:, None, None], b[:, None, None]
-        if self.whole:
-            w = torch.addcmul(self.g.mul_(a), self.G, b)
+        if self.many:
+            w = torch.addcmul(self.g.mul_(a), G, b)
             return torch.bmm(self.x, w.transpose(1, 2)), torch.bmm(self.d, w)
-        in_x = torch.bmm(b * self.d, self.G)
+        in_x = torch.bmm(b * self.d, G)
         in_x.addcmul_(_times(_gram(self.d), self.x), a)
         return torch.addcmul(self.Y.mul_(a), self.U, b), in_x
 
@@ -177,14 +182,17 @@ class LinearRule(Rule):
         rows = self.x.detach().reshape(trials, -1, self.x.shape[-1])
         d = d.reshape(trials, -1, d.shape[-1])
         self.formed = {name: d.sum(1) for name in self.names[1:]}
-        self.rows = Rows(rows, d, self.received.stacked(self.names[0]))
+        self.rows = Rows(rows, d, self._received())
         return self.rows.moments
 
+    def _received(self) -> Tensor:
+        return self.received.stacked(self.names[0])
+
     def gap(self) -> Tensor:
-        return self.rows.gap()
+        return self.rows.gap(self._received())
 
     def pull(self, a: Tensor, b: Tensor, v: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        in_d, in_x = self.rows.pull(a, b)
+        in_d, in_x = self.rows.pull(a, b, self._received())
         for c in v.values():
             in_d += c[:, None]
         return in_d.view_as(self.z), in_x.view_as(self.x)
@@ -381,23 +389,31 @@ class PatchConvRule(ConvRule):
 
     def moments(self, d: Tensor) -> tuple[Tensor, Tensor]:
         self.windows = self.kernel.windows(self.x.shape)
-        G = self.received.stacked(self.names[0], channels_last=True)
-        self.rows = Rows(
-            self._rows(self.windows.patches(self.x.detach())),
-            self._rows(d.permute(0, 2, 3, 1).flatten(1, 2)),
-            G.permute(0, 1, 3, 4, 2).flatten(2),
-        )
+        x = self._rows(self.windows.patches(self.x.detach()))
+        rows = self._rows(d.permute(0, 2, 3, 1).flatten(1, 2))
+        # Patches and weights run in different orders; what is smaller is turned to the other's.
+        self.turned = not many(x, rows)
+        if self.turned:
+            x = x.view(*x.shape[:2], *self.windows.window, -1).permute(0, 1, 4, 2, 3).flatten(2)
+        self.rows = Rows(x, rows, self._received())
         self._form_bias(d)
         return self.rows.moments
 
+    def _received(self) -> Tensor:
+        G = self.received.stacked(self.names[0], channels_last=not self.turned)
+        return (G if self.turned else G.permute(0, 1, 3, 4, 2)).flatten(2)
+
     def gap(self) -> Tensor:
-        return self.rows.gap()
+        return self.rows.gap(self._received())
 
     def pull(self, a: Tensor, b: Tensor, v: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        in_d, in_x = self.rows.pull(a, b)
-        images = len(self.x)
+        in_d, in_x = self.rows.pull(a, b, self._received())
+        images = self.x.shape[0]
         maps = in_d.view(images, *self.windows.counts, -1).permute(0, 3, 1, 2)
         self._add_bias_pull_(maps, v)
+        if self.turned:
+            in_x = in_x.view(*in_x.shape[:2], -1, *self.windows.window)
+            in_x = in_x.permute(0, 1, 3, 4, 2).flatten(2)
         return maps, self.windows.images(in_x.view(images, -1, in_x.shape[2]))
 
     def _rows(self, values: Tensor) -> Tensor:
