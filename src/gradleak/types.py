@@ -205,6 +205,14 @@ class Mechanism(Protocol):
         """Draw what the client really sends."""
         ...
 
+    def trained_on(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Batch:
+        """The batch whose gradient `sample` takes with an equal generator.
+
+        `batch` itself, unless a protection transforms inputs. For the auditor, who owns the
+        client's generator.
+        """
+        ...
+
     def mean(self, state: ModelState, batch: Batch) -> Update:
         """Expectation of `sample`, differentiable in the inputs and in soft labels.
 

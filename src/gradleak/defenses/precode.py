@@ -188,10 +188,17 @@ class _Latent(Wrapped):
         raise IntractableLikelihood("precode: no closed form of the mean over its latent noise")
 
     def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
+        inner, given = self._given(state, self._drawn(state, batch, generator))
+        return inner.sample(given, batch, generator=generator)
+
+    def trained_on(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Batch:
+        self._drawn(state, batch, generator)
+        return self.inner.trained_on(state, batch, generator=generator)
+
+    def _drawn(self, state: ModelState, batch: Batch, generator: torch.Generator) -> Tensor:
         shape = self.latent_shape(state, batch_size=len(batch))
         latent = normal(shape, generator=generator, dtype=batch.inputs.dtype)
-        inner, given = self._given(state, latent.to(batch.inputs.device))
-        return inner.sample(given, batch, generator=generator)
+        return latent.to(batch.inputs.device)
 
     def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
         name = bottleneck_of(state)

@@ -135,6 +135,10 @@ class Wrapped(Likely):
     def deterministic(self) -> bool:
         return self.inner.deterministic
 
+    def trained_on(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Batch:
+        """What the inner mechanism trains on; draws before the inner sample are made here too."""
+        return self.inner.trained_on(state, batch, generator=generator)
+
     def as_gradient(self, update: Update, *, batch_size: int) -> Update:
         return self.inner.as_gradient(update, batch_size=batch_size)
 

@@ -83,6 +83,7 @@ class _Target:
     scores: dict[str, list[float]]
     control: dict[str, list[float]]
     baselines: dict[str, dict[str, list[float]]]
+    original: dict[str, list[float]]
     ceiling: dict[str, list[float]]
     tensors: str | None
     row: int
@@ -291,6 +292,7 @@ def _targets(record: Mapping[str, Any]) -> list[_Target]:
             scores=_scores(t.get("scores")),
             control=_scores(t.get("control")),
             baselines={k: _scores(v) for k, v in (t.get("baselines") or {}).items()},
+            original=_scores(t.get("original")),
             ceiling=_scores(t.get("ceiling")),
             tensors=record.get("tensors"),
             row=row,
@@ -369,6 +371,7 @@ def _measurements(targets: Sequence[_Target], record: Mapping[str, Any]) -> dict
             "unit": metric.unit if metric else _RATES[name],
             "baseline": _reference(targets, name, lambda t: t.guess),
             "control": _reference(targets, name, lambda t: t.control),
+            "original": _reference(targets, name, lambda t: t.original),
             "ceiling": _reference(targets, name, lambda t: t.ceiling),
         }
         if metric:
@@ -520,6 +523,7 @@ def _public(target: _Target) -> Finding:
         "scores": target.scores,
         "control": target.control or None,
         "baselines": target.baselines,
+        "original": target.original or None,
         "ceiling": target.ceiling or None,
         "tensors": target.tensors,
         "row": target.row,
