@@ -230,6 +230,10 @@ class Mechanism(Protocol):
         """
         ...
 
+    def spent(self, state: ModelState) -> frozenset[str]:
+        """Tensors that `predict` has used up: a search gains nothing by comparing them."""
+        ...
+
     def as_gradient(self, update: Update, *, batch_size: int) -> Update:
         """The average gradient that `update` amounts to (a delta divided by −lr · steps)."""
         ...

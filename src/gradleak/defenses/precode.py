@@ -210,6 +210,12 @@ class _Latent(Wrapped):
         muted = {k: v for k, v in received.values.items() if k.startswith(f"{name}.")}
         return Update({**clean.values, **muted}, clean.kind)
 
+    def spent(self, state: ModelState) -> frozenset[str]:
+        """The bottleneck: read off or muted, and so much larger that it would drown the rest."""
+        name = bottleneck_of(state)
+        own = frozenset(k for k in state.params if k.startswith(f"{name}."))
+        return own | self.inner.spent(state)
+
     def latent_shape(self, state: ModelState, *, batch_size: int) -> tuple[int, ...]:
         return (batch_size, state.buffers[f"{bottleneck_of(state)}.{_NOISE}"].shape[1])
 

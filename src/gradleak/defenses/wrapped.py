@@ -145,6 +145,9 @@ class Wrapped(Likely):
     def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
         return self.inner.predict(received, state, batch)
 
+    def spent(self, state: ModelState) -> frozenset[str]:
+        return self.inner.spent(state)
+
     def likelihood(self, *, batch_size: int) -> Likelihood:
         raise IntractableLikelihood(f"{self.rule.id}: no exact density is known")
 

@@ -17,6 +17,10 @@ class Likely:
         """The batch whose gradient `sample` takes with an equal generator."""
         return batch
 
+    def spent(self, state: ModelState) -> frozenset[str]:
+        """Tensors that `predict` has used up."""
+        return frozenset()
+
     @abstractmethod
     def likelihood(self, *, batch_size: int) -> Likelihood:
         """The density of what is sent for a batch of this size."""

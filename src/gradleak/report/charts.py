@@ -215,8 +215,8 @@ def curves(
         body += f'<text x="{_LEFT - 6:.0f}" y="{y(tick) + 4:.0f}" text-anchor="end">{tick}</text>'
     step = (right - _LEFT) / len(positions)
     centres = [_LEFT + step * (i + 0.5) for i in range(len(positions))]
-    for x, position in zip(centres, positions, strict=True):
-        body += f'<text x="{x:.0f}" y="{bottom + 15:.0f}" text-anchor="middle">{escape(position)}</text>'
+    for x, position in zip(centres, map(escape, positions), strict=True):
+        body += f'<text x="{x:.0f}" y="{bottom + 15:.0f}" text-anchor="middle">{position}</text>'
     middle = (_LEFT + right) / 2
     body += (
         f'<text x="{middle:.0f}" y="{bottom + 32:.0f}" text-anchor="middle">'
