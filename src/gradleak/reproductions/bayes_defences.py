@@ -20,6 +20,7 @@ from gradleak.data import Dataset
 from gradleak.defenses.precode import precode
 from gradleak.errors import InvalidInput
 from gradleak.mechanisms import FedSGD
+from gradleak.models.convnet import convnet
 from gradleak.models.layers import Normalize
 from gradleak.models.seeding import seeded
 from gradleak.reproductions.reproduction import Cell, Estimate, Reproduction, Request, Row
@@ -118,7 +119,7 @@ class _Size:
 
 
 _SIZES = {
-    "quick": _Size("mnist", (0, 1, 10, 100, 1000), targets=6, steps=300, group=6),
+    "quick": _Size("mnist", (0, 1, 10, 100, 1000), targets=6, steps=200, group=6),
     "full": _Size("cifar10", (0, 1, 10, 100, 1000, 10000), targets=20, steps=1000, group=10),
 }
 
@@ -152,7 +153,7 @@ class BayesDefences(Reproduction):
         "the protection; PRECODE's bottleneck draws its noise and adds its divergence in training "
         "(published rates and decays differ)",
         "1000 steps of signed Adam at 0.1 with total variation 0.003 (published: 4000 with 4e-4 "
-        "for Soteria, 2000 with 1e-5 for ATS); 300 in the quick budget",
+        "for Soteria, 2000 with 1e-5 for ATS); 200 in the quick budget",
         "20 images per stage instead of 100; in the quick budget 6, of MNIST",
         "Soteria at 80 %, ATS with policy 21-13-3; the other published rates and policies are "
         "options of `gradleak audit`",
@@ -285,7 +286,7 @@ def perceptron(spec: DataSpec) -> nn.Module:
 def trained(network: str, dataset: Dataset, *, seed: int, steps: int) -> ModelState:
     """The broadcast state: from the seed and the public half alone."""
     with seeded(derive(seed, "model", network)):
-        model = models.convnet(dataset.spec) if network == "convnet" else perceptron(dataset.spec)
+        model = convnet(dataset.spec) if network == "convnet" else perceptron(dataset.spec)
     return models.train(
         model,
         dataset,
