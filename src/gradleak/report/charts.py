@@ -222,7 +222,8 @@ def curves(
         f'<text x="{middle:.0f}" y="{bottom + 32:.0f}" text-anchor="middle">'
         "training steps; mean PSNR (dB)</text>"
     )
-    ends = _apart([(label, y(points[-1][0])) for label, points in lines.items() if points[-1]])
+    last = {label: [p for p in points if p is not None][-1][0] for label, points in lines.items()}
+    ends = _apart([(label, y(value)) for label, value in last.items()])
     for number, (label, points) in enumerate(lines.items()):
         css = _STYLES[number % len(_STYLES)]
         known = [(x, p) for x, p in zip(centres, points, strict=True) if p is not None]
@@ -232,8 +233,7 @@ def curves(
             whisker = f"M{x:.1f} {y(low):.1f}V{y(high):.1f}"
             body += f'<path class="whisker {css}" d="{whisker}"/>'
             body += f'<circle class="dot {css}" cx="{x:.1f}" cy="{y(value):.1f}" r="3"/>'
-        if label in ends:
-            body += f'<text x="{right + 8:.0f}" y="{ends[label] + 4:.1f}">{escape(label)}</text>'
+        body += f'<text x="{right + 8:.0f}" y="{ends[label] + 4:.1f}">{escape(label)}</text>'
     return _svg(int(width), int(height), body, name=name, css="plot wide")
 
 
