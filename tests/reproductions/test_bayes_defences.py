@@ -63,7 +63,16 @@ def test_every_attack_is_planned_once_and_every_row_has_its_stage(tiny: None) ->
 
 
 def test_an_interval_across_the_threshold_is_undecided() -> None:
-    assert verdict(Estimate.difference([20.0, 20.0, 29.0], [25.0, 25.0, 25.0])).startswith("undec")
+    adaptive, undefended = [20.0, 20.0, 29.0], [25.0, 25.0, 25.0]
+    gap = Estimate.difference(adaptive, undefended)
+    gain = Estimate.difference(undefended, [12.0, 12.0, 12.0])
+    assert verdict(gap, gain=gain).startswith("undecided")
+
+
+def test_where_the_attack_fails_anyway_nothing_is_called_broken() -> None:
+    same = Estimate.difference([12.0, 15.0, 9.0], [12.0, 15.0, 9.0])
+    beaten = Estimate.difference([12.0, 15.0, 9.0], [12.0, 12.0, 12.0])
+    assert verdict(same, gain=beaten).startswith("says nothing")
 
 
 def test_private_images_do_not_train_the_network() -> None:

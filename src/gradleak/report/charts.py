@@ -202,7 +202,7 @@ _STYLES = ("undefended", "attack", "control", "guess")
 def curves(
     positions: Sequence[str], lines: Mapping[str, Sequence[Interval | None]], *, name: str
 ) -> Markup:
-    """Draw mean PSNR (dB) of several lines over positions, each line named at its end."""
+    """Draw mean PSNR (dB) of several lines over positions, named in a legend beside them."""
     width, right, height = 640.0, 480.0, 220.0
     bottom = height - 36
 
@@ -222,8 +222,6 @@ def curves(
         f'<text x="{middle:.0f}" y="{bottom + 32:.0f}" text-anchor="middle">'
         "training steps; mean PSNR (dB)</text>"
     )
-    last = {label: [p for p in points if p is not None][-1][0] for label, points in lines.items()}
-    ends = _apart([(label, y(value)) for label, value in last.items()])
     for number, (label, points) in enumerate(lines.items()):
         css = _STYLES[number % len(_STYLES)]
         known = [(x, p) for x, p in zip(centres, points, strict=True) if p is not None]
@@ -233,17 +231,10 @@ def curves(
             whisker = f"M{x:.1f} {y(low):.1f}V{y(high):.1f}"
             body += f'<path class="whisker {css}" d="{whisker}"/>'
             body += f'<circle class="dot {css}" cx="{x:.1f}" cy="{y(value):.1f}" r="3"/>'
-        body += f'<text x="{right + 8:.0f}" y="{ends[label] + 4:.1f}">{escape(label)}</text>'
+        level = _TOP + 18 * number + 8
+        body += f'<path class="line {css}" d="M{right + 10} {level}h24"/>'
+        body += f'<text x="{right + 40:.0f}" y="{level + 4}">{escape(label)}</text>'
     return _svg(int(width), int(height), body, name=name, css="plot wide")
-
-
-def _apart(ends: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """Heights of labels, pushed down where they would lie on each other."""
-    placed: dict[str, float] = {}
-    last = -math.inf
-    for label, height in sorted(ends, key=lambda end: end[1]):
-        last = placed[label] = max(height, last + 13)
-    return placed
 
 
 def _frame(ticks: Sequence[tuple[str, float]]) -> str:

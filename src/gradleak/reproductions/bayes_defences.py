@@ -327,21 +327,40 @@ def _stage(
         return Estimate.difference(*(_capped(values[n]) for n in (name, "undefended")))
 
     adaptive, unaware = gap("adaptive"), gap("unaware")
-    notes = {"adaptive": "knows the protection", "class mean": "costs no update"}
+    gain = Estimate.difference(_capped(values["undefended"]), _capped(values["class mean"]))
+    notes = {
+        "undefended": "the same attack without the protection",
+        "adaptive": "knows the protection",
+        "unaware": "an evaluation that does not adapt",
+        "class mean": "costs no update",
+    }
     return [
         *(
-            row(name, Estimate.mean(each), notes.get(name, name), curve=name)
+            row(
+                name,
+                Estimate.mean(each),
+                notes.get(name, "what unaware is to be compared with"),
+                curve=name,
+            )
             for name, each in ((n, values[n]) for n in (*first, "class mean", *rest))
         ),
-        row("adaptive − undefended", adaptive, verdict(adaptive)),
-        row("unaware − undefended", unaware, "what an unadapted evaluation would call protection"),
+        row("adaptive − undefended", adaptive, verdict(adaptive, gain=gain)),
+        row("unaware − undefended", unaware, "what an evaluation that does not adapt reports"),
     ]
 
 
-def verdict(gap: Estimate) -> str:
-    """Whether the adaptive attack comes within `WITHIN_DB` of no protection."""
+def verdict(gap: Estimate, *, gain: Estimate) -> str:
+    """Whether the adaptive attack comes within `WITHIN_DB` of no protection.
+
+    Args:
+        gap: of adaptive over undefended.
+        gain: of undefended over a guess; without one there is nothing to protect from.
+    """
     assert gap.low is not None
     assert gap.high is not None
+    assert gain.low is not None
+    if gain.low <= 0:
+        return "says nothing: without the protection the attack is not shown to beat a guess"
     if gap.low >= -WITHIN_DB:
         return f"broken: within {WITHIN_DB:.0f} dB of no protection"
     if gap.high < -WITHIN_DB:
