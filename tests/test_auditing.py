@@ -119,6 +119,22 @@ def test_the_same_call_resumes(report: gl.LeakageReport, monkeypatch: pytest.Mon
     assert again.result["seconds"] > max(json.loads(line)["elapsed"] for line in lines) > 0
 
 
+def test_claims_are_compared_with_what_the_client_trained_on(tmp_path: Path) -> None:
+    """The closed form finds the transformed image exactly, and the original it does not find."""
+    report = gl.audit(
+        data="digits", model="mlp", attacks="linear-layer", defenses="ats:policy=21-13-3",
+        targets=2, workers=0, out=tmp_path,
+    )  # fmt: skip
+    plain, transformed = (f["measurements"]["psnr_db"] for f in report.findings)
+    assert plain["original"] is None
+    assert transformed["value"] > 100 > 30 > transformed["original"]
+    assert all(t["original"] for t in report.findings[1]["targets"])
+    assert report.findings[1]["warnings"] == []
+    page = report.page.read_text()
+    assert "before its transformation" in page
+    assert "Original" in page
+
+
 def test_a_broken_attack_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("out of\nluck")

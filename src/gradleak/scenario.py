@@ -83,8 +83,13 @@ def simulate(scenario: Scenario, *, generator: torch.Generator) -> tuple[Observa
         mechanism = rebased(mechanism, fixed_order=order)
     with torch.no_grad():
         update = mechanism.sample(state, batch, generator=child(generator, "client/protection"))
-        statistics = batch_norm_statistics(state, batch.inputs)
-    truth = Truth(batch, client=scenario.client, bn_statistics=statistics or None, order=order)
+        trained_on = mechanism.trained_on(
+            state, batch, generator=child(generator, "client/protection")
+        )
+        statistics = batch_norm_statistics(state, trained_on.inputs)
+    truth = Truth(
+        batch, trained_on, client=scenario.client, bn_statistics=statistics or None, order=order
+    )
     exchange = Exchange(state, update)
     seen = scenario.threat.grant(
         truth, (exchange,), scenario.mechanism, scenario.data.spec, scenario.prior

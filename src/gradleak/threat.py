@@ -33,12 +33,14 @@ class Truth:
 
     Attributes:
         batch: the client's private batch.
+        trained_on: what its gradient was computed on: `batch`, or what a protection made of it.
         client: number of the client.
         bn_statistics: exact batch-normalisation statistics of the batch, by layer.
         order: example indices of every local step, for FedAvg.
     """
 
     batch: Batch
+    trained_on: Batch
     client: int = 0
     bn_statistics: Mapping[str, tuple[Tensor, Tensor]] | None = None
     order: tuple[tuple[int, ...], ...] | None = None

@@ -205,6 +205,14 @@ class Mechanism(Protocol):
         """Draw what the client really sends."""
         ...
 
+    def trained_on(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Batch:
+        """The batch whose gradient `sample` takes with an equal generator.
+
+        `batch` itself, unless a protection transforms inputs. For the auditor, who owns the
+        client's generator.
+        """
+        ...
+
     def mean(self, state: ModelState, batch: Batch) -> Update:
         """Expectation of `sample`, differentiable in the inputs and in soft labels.
 
@@ -220,6 +228,10 @@ class Mechanism(Protocol):
         Equals `received` for a deterministic mechanism at the true batch. Where `mean` has no
         form this is a plug-in approximation, good enough to search with.
         """
+        ...
+
+    def spent(self, state: ModelState) -> frozenset[str]:
+        """Tensors that `predict` has used up: a search gains nothing by comparing them."""
         ...
 
     def as_gradient(self, update: Update, *, batch_size: int) -> Update:

@@ -12,6 +12,8 @@ from torch.nn.functional import cross_entropy, softplus
 import gradleak as gl
 from gradleak.attacks.closed_form.linear_layer import LinearLayer
 from gradleak.attacks.parts import smoothing
+from gradleak.attacks.parts.distances import squared_l2
+from gradleak.attacks.parts.matching import Matching
 from gradleak.data import load
 from gradleak.defenses import Precode, difference, norm, undefended
 from gradleak.defenses.precode import Latent, VariationalBottleneck, divergence, precode
@@ -92,6 +94,25 @@ def test_a_batch_mutes_the_bottleneck_and_the_latent_explains_it() -> None:
         torch.stack([(v**2).sum() for v in gap.values.values()]).sum(), latent
     )
     assert slope.abs().min() > 0
+
+
+def test_a_search_compares_all_but_the_bottleneck() -> None:
+    """By double backward and under vmap alike, the distance is that of the other tensors."""
+    digits = load("digits")
+    scenario = gl.Scenario(digits, build("lenet-tiny+precode", digits.spec, seed=0), CLIENT)
+    seen, truth = gl.simulate(scenario, generator=stream(0))
+    matching = Matching([seen], squared_l2, dtype=torch.float64)
+    assert matching.compared
+    assert not any("coder" in name for name in matching.compared)
+    inputs, labels = truth.batch.inputs.double().flip(-1)[None], truth.batch.labels[None]
+    predicted = CLIENT.predict(
+        Update(matching.received[0], "gradient"), matching.state, Batch(inputs[0], labels[0])
+    ).values
+    expected = sum(((predicted[k] - matching.received[0][k]) ** 2).sum() for k in matching.compared)
+    alone = matching(inputs, labels, [0])
+    both = matching(inputs.repeat(2, 1, 1, 1, 1), labels.repeat(2, 1), [0, 0])
+    torch.testing.assert_close(alone[0], expected)
+    torch.testing.assert_close(both, alone.expand(2))
 
 
 def test_the_divergence_is_that_of_torch_distributions() -> None:

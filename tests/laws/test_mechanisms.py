@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import pytest
@@ -11,6 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from gradleak.defenses import (
+    ATS,
     DEFENSES,
     GaussianNoise,
     LaplaceNoise,
@@ -74,6 +75,34 @@ def test_equal_generators_give_equal_samples(mechanism: Mechanism, state: ModelS
     )
     assert torch.equal(first, again)
     assert torch.equal(first, other) == mechanism.deterministic
+
+
+@dataclass(frozen=True)
+class Noting(FedSGD):
+    """A client that notes what it is asked to train on."""
+
+    noted: list[Batch] = field(default_factory=list)
+
+    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
+        self.noted.append(batch)
+        return super().sample(state, batch, generator=generator)
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+@pytest.mark.parametrize("transforms", [False, True])
+def test_what_the_client_trained_on_can_be_replayed(defense: str, transforms: bool) -> None:
+    """Alone, and around a protection that transforms inputs by draws of its own."""
+    client = Noting()
+    mechanism = DEFENSES[defense]()(ATS("3-1-7/43-18-18")(client) if transforms else client)
+    state = state_of(Bottlenecked if defense == Precode.id else TwoTwins)
+    batch = batch_of(3)
+    for seed in range(4):
+        mechanism.sample(state, batch, generator=stream(seed))
+        replayed = mechanism.trained_on(state, batch, generator=stream(seed))
+        assert torch.equal(replayed.inputs, client.noted[-1].inputs)
+        assert torch.equal(replayed.labels, batch.labels)
+        changed = transforms or defense == ATS.id
+        assert torch.equal(replayed.inputs, batch.inputs) != changed
 
 
 def assert_mean(

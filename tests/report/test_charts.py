@@ -59,3 +59,15 @@ def test_a_scatter_has_equal_axes_of_whole_decades() -> None:
 def test_a_proved_limit_is_held_until_the_next_point() -> None:
     chart = str(charts.risk_curve([30.0], [], [], None, proved=[1.0, 0.5], name=""))
     assert 'class="line proved" d="M38.0 12.0H42.5V72.0"' in chart
+
+
+def test_curves_name_every_line_once() -> None:
+    lines = {
+        "one": [(20.0, 18.0, 22.0), (30.0, 29.0, 31.0)],
+        "two": [(21.0, 20.0, 22.0), None],
+        "three": [None, (30.1, 30.0, 30.2)],
+    }
+    drawn = str(charts.curves(["0", "100"], lines, name="leakage"))
+    assert drawn.count("<circle") == 4
+    assert [drawn.count(f">{name}<") for name in ("one", "two", "three", "100")] == [1, 1, 1, 1]
+    ElementTree.fromstring(drawn)

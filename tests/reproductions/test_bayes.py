@@ -34,7 +34,7 @@ def quiet(share: float) -> None:
 
 def test_tuning_never_sees_a_private_image() -> None:
     dataset = data.load("digits")
-    division = bayes._divide(dataset, 0)
+    division = bayes.divide(dataset, 0)
     found = bayes.tuned(CELL, dataset, progress=quiet)
     assert bayes.tuned(CELL, changed(dataset, division.clients), progress=quiet) == found
     # It does see the public ones, and the oracle sees the private ones.
@@ -73,7 +73,7 @@ def test_the_right_distance_is_the_likelihood(protection: str, rival: str) -> No
     """L2 under Gaussian and L1 under Laplace noise cannot be told from the matched attacker."""
     dataset = data.load("digits")
     cell = CELL | {"protection": protection, "spec": bayes.PROTECTIONS[protection]}
-    division = bayes._divide(dataset, 0)
+    division = bayes.divide(dataset, 0)
     plays = bayes._play(cell, dataset, division, division.clients[:2])
     seen = [observation for observation, _ in plays]
     matched, mismatched = Bayes().data_term(seen), Mismatched(distance=rival).data_term(seen)  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ def test_only_the_matched_attacker_knows_the_mask(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(DEFENSES, "halved", Halved)
     dataset = data.load("digits")
     cell = CELL | {"spec": "halved+gaussian-noise:std=0.01"}
-    division = bayes._divide(dataset, 0)
+    division = bayes.divide(dataset, 0)
     plays = bayes._play(cell, dataset, division, division.clients[:2])
     seen, batch = [o for o, _ in plays], plays[0][1].batch
     coordinates = sum(v.numel() for v in seen[0].update.values.values())
@@ -122,7 +122,7 @@ def test_only_the_matched_attacker_knows_the_mask(monkeypatch: pytest.MonkeyPatc
 
 def test_rows_say_whether_the_matched_adversary_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = data.load("digits")
-    monkeypatch.setattr(bayes, "_available", lambda name, data_dir: ("digits", dataset))
+    monkeypatch.setattr(bayes, "available", lambda name, data_dir: ("digits", dataset))
     monkeypatch.setitem(
         bayes._SIZES, "quick", bayes._Size(("cifar10",), 2, 2, 2, group=2, settings=2, steps=2)
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from gradleak.defenses.wrapped import Wrapped, difference, norm
+from gradleak.defenses.wrapped import Wrapped
 from gradleak.errors import IntractableLikelihood, InvalidInput, NotApplicable
 from gradleak.types import Batch, Mechanism, ModelState, Update
 
@@ -59,8 +59,8 @@ class ATS:
     by "/" (published: "+") every image draws one. Shifts fill with black, enhancements multiply by
     1 ± strength, values stay in [0, 1].
 
-    The gradient is an ordinary one of T(x), so the attack needs no change and claims T(x). Compare
-    its claims with what the client trained on (`transformed`): what T shows, the server sees.
+    The gradient is an ordinary one of T(x), so the attack needs no change and claims T(x), with
+    which audits compare its claims: what T shows, the server sees.
 
     Source: Gao et al., "Privacy-preserving Collaborative Learning with Automatic Transformation
     Search", CVPR 2021; list, ranges and signs as in its code, which ignores the listed
@@ -90,11 +90,8 @@ class ATS:
         return _Transformed(mechanism, self)
 
     def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
-        """It claims nothing of the update's statistics; what it hides, scores do not show."""
-        return (
-            "changes the update by {:.0%} of its norm; the server recovers the transformed image, "
-            "and scores against the original understate that"
-        ), norm(difference(after, before)) / norm(before)
+        """It claims nothing of the update's statistics."""
+        return None
 
     @property
     def outcomes(self) -> list[Outcome]:
@@ -183,8 +180,14 @@ class _Transformed(Wrapped):
         return Update(means, self.kind)
 
     def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
-        outcomes = [self.rule.draw(generator) for _ in range(len(batch))]
-        return self.inner.sample(state, transformed(batch, outcomes), generator=generator)
+        return self.inner.sample(state, self._transformed(batch, generator), generator=generator)
+
+    def trained_on(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Batch:
+        transformed = self._transformed(batch, generator)
+        return self.inner.trained_on(state, transformed, generator=generator)
+
+    def _transformed(self, batch: Batch, generator: torch.Generator) -> Batch:
+        return transformed(batch, [self.rule.draw(generator) for _ in range(len(batch))])
 
 
 def transformed(batch: Batch, outcomes: Sequence[Outcome]) -> Batch:

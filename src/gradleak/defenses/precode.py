@@ -188,10 +188,17 @@ class _Latent(Wrapped):
         raise IntractableLikelihood("precode: no closed form of the mean over its latent noise")
 
     def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
+        inner, given = self._given(state, self._drawn(state, batch, generator))
+        return inner.sample(given, batch, generator=generator)
+
+    def trained_on(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Batch:
+        self._drawn(state, batch, generator)
+        return self.inner.trained_on(state, batch, generator=generator)
+
+    def _drawn(self, state: ModelState, batch: Batch, generator: torch.Generator) -> Tensor:
         shape = self.latent_shape(state, batch_size=len(batch))
         latent = normal(shape, generator=generator, dtype=batch.inputs.dtype)
-        inner, given = self._given(state, latent.to(batch.inputs.device))
-        return inner.sample(given, batch, generator=generator)
+        return latent.to(batch.inputs.device)
 
     def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
         name = bottleneck_of(state)
@@ -202,6 +209,12 @@ class _Latent(Wrapped):
         clean = self.predict_given(received, state, batch, blank)
         muted = {k: v for k, v in received.values.items() if k.startswith(f"{name}.")}
         return Update({**clean.values, **muted}, clean.kind)
+
+    def spent(self, state: ModelState) -> frozenset[str]:
+        """The bottleneck: read off or muted, and so much larger that it would drown the rest."""
+        name = bottleneck_of(state)
+        own = frozenset(k for k in state.params if k.startswith(f"{name}."))
+        return own | self.inner.spent(state)
 
     def latent_shape(self, state: ModelState, *, batch_size: int) -> tuple[int, ...]:
         return (batch_size, state.buffers[f"{bottleneck_of(state)}.{_NOISE}"].shape[1])

@@ -135,11 +135,18 @@ class Wrapped(Likely):
     def deterministic(self) -> bool:
         return self.inner.deterministic
 
+    def trained_on(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Batch:
+        """What the inner mechanism trains on; draws before the inner sample are made here too."""
+        return self.inner.trained_on(state, batch, generator=generator)
+
     def as_gradient(self, update: Update, *, batch_size: int) -> Update:
         return self.inner.as_gradient(update, batch_size=batch_size)
 
     def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
         return self.inner.predict(received, state, batch)
+
+    def spent(self, state: ModelState) -> frozenset[str]:
+        return self.inner.spent(state)
 
     def likelihood(self, *, batch_size: int) -> Likelihood:
         raise IntractableLikelihood(f"{self.rule.id}: no exact density is known")

@@ -1,16 +1,25 @@
-"""Log-densities of mechanisms that state a likelihood."""
+"""What mechanisms share."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from gradleak.types import Batch, Likelihood, ModelState, Update
 
 
 class Likely:
-    """A mechanism whose `log_prob` follows from its `likelihood`."""
+    """A mechanism whose `log_prob` follows from its `likelihood`, and that trains on its batch."""
+
+    def trained_on(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Batch:
+        """The batch whose gradient `sample` takes with an equal generator."""
+        return batch
+
+    def spent(self, state: ModelState) -> frozenset[str]:
+        """Tensors that `predict` has used up."""
+        return frozenset()
 
     @abstractmethod
     def likelihood(self, *, batch_size: int) -> Likelihood:

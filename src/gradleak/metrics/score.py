@@ -11,7 +11,9 @@ from gradleak.metrics.labels import label_accuracy
 from gradleak.types import Batch, DataSpec
 
 
-def score(claim: Batch, truth: Batch, *, bank: Tensor, spec: DataSpec) -> dict[str, list[float]]:
+def score(
+    claim: Batch, truth: Batch, *, bank: Tensor, spec: DataSpec, original: Batch | None = None
+) -> dict[str, list[float]]:
     """Score a claim against the truth after one-to-one alignment.
 
     A true example for which nothing was claimed is scored as a mid-grey claim that identifies
@@ -22,6 +24,7 @@ def score(claim: Batch, truth: Batch, *, bank: Tensor, spec: DataSpec) -> dict[s
         truth: (b, *shape).
         bank: (M, *shape) candidates for identification, the truths among them.
         spec: form of the data; its bounds define peak 1.
+        original: (b, *shape) the examples to identify, where the truth was made from them.
 
     Returns:
         A list of b values for each of `METRICS` and "identified" (0 or 1), in the order of the
@@ -36,6 +39,7 @@ def score(claim: Batch, truth: Batch, *, bank: Tensor, spec: DataSpec) -> dict[s
         for name, metric in METRICS.items()
         if spec.modality == "image" or not metric.images_only
     }
-    scores["identified"] = (identified(inputs, truth.inputs, bank) & present).double().tolist()
+    known = identified(inputs, (original or truth).inputs, bank) & present
+    scores["identified"] = known.double().tolist()
     scores["label_accuracy"] = [label_accuracy(claim, truth)]
     return scores

@@ -7,7 +7,7 @@ eye. A value beyond the axis is drawn at its end.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -250,6 +250,50 @@ def trend(points: Sequence[Point], *, name: str) -> Markup:
             body += f'<path class="whisker attack" d="{ends}"/>'
         body += f'<circle class="dot attack" cx="{x:.1f}" cy="{y(point.value):.1f}" r="4"/>'
     return _svg(_WIDTH, _HEIGHT, body, name=name, css="plot")
+
+
+Interval = tuple[float, float, float]
+"""Value, low and high."""
+
+_STYLES = ("undefended", "attack", "control", "guess")
+
+
+def curves(
+    positions: Sequence[str], lines: Mapping[str, Sequence[Interval | None]], *, name: str
+) -> Markup:
+    """Draw mean PSNR (dB) of several lines over positions, named in a legend beside them."""
+    width, right, height = 640.0, 480.0, 220.0
+    bottom = height - 36
+
+    def y(psnr_db: float) -> float:
+        return bottom - (bottom - _TOP) * min(max(psnr_db, 0.0), PSNR_TOP) / PSNR_TOP
+
+    body = ""
+    for tick in range(0, int(PSNR_TOP) + 1, 10):
+        body += f'<path class="grid" d="M{_LEFT} {y(tick):.1f}H{right}"/>'
+        body += f'<text x="{_LEFT - 6:.0f}" y="{y(tick) + 4:.0f}" text-anchor="end">{tick}</text>'
+    step = (right - _LEFT) / len(positions)
+    centres = [_LEFT + step * (i + 0.5) for i in range(len(positions))]
+    for x, position in zip(centres, map(escape, positions), strict=True):
+        body += f'<text x="{x:.0f}" y="{bottom + 15:.0f}" text-anchor="middle">{position}</text>'
+    middle = (_LEFT + right) / 2
+    body += (
+        f'<text x="{middle:.0f}" y="{bottom + 32:.0f}" text-anchor="middle">'
+        "training steps; mean PSNR (dB)</text>"
+    )
+    for number, (label, points) in enumerate(lines.items()):
+        css = _STYLES[number % len(_STYLES)]
+        known = [(x, p) for x, p in zip(centres, points, strict=True) if p is not None]
+        path = "L".join(f"{x:.1f} {y(p[0]):.1f}" for x, p in known)
+        body += f'<path class="line {css}" d="M{path}"/>'
+        for x, (value, low, high) in known:
+            whisker = f"M{x:.1f} {y(low):.1f}V{y(high):.1f}"
+            body += f'<path class="whisker {css}" d="{whisker}"/>'
+            body += f'<circle class="dot {css}" cx="{x:.1f}" cy="{y(value):.1f}" r="3"/>'
+        level = _TOP + 18 * number + 8
+        body += f'<path class="line {css}" d="M{right + 10} {level}h24"/>'
+        body += f'<text x="{right + 40:.0f}" y="{level + 4}">{escape(label)}</text>'
+    return _svg(int(width), int(height), body, name=name, css="plot wide")
 
 
 def _frame(ticks: Sequence[tuple[str, float]]) -> str:

@@ -86,6 +86,7 @@ class _Target:
     scores: dict[str, list[float]]
     control: dict[str, list[float]]
     baselines: dict[str, dict[str, list[float]]]
+    original: dict[str, list[float]]
     ceiling: dict[str, list[float]]
     tensors: str | None
     row: int
@@ -358,6 +359,7 @@ def _targets(record: Mapping[str, Any]) -> list[_Target]:
             scores=_scores(t.get("scores")),
             control=_scores(t.get("control")),
             baselines={k: _scores(v) for k, v in (t.get("baselines") or {}).items()},
+            original=_scores(t.get("original")),
             ceiling=_scores(t.get("ceiling")),
             tensors=record.get("tensors"),
             row=row,
@@ -436,6 +438,7 @@ def _measurements(targets: Sequence[_Target], record: Mapping[str, Any]) -> dict
             "unit": metric.unit if metric else _RATES[name],
             "baseline": _reference(targets, name, lambda t: t.guess),
             "control": _reference(targets, name, lambda t: t.control),
+            "original": _reference(targets, name, lambda t: t.original),
             "ceiling": _reference(targets, name, lambda t: t.ceiling),
         }
         if metric:
@@ -588,6 +591,7 @@ def _public(target: _Target, foretold: Finding | None) -> Finding:
         "scores": target.scores,
         "control": target.control or None,
         "baselines": target.baselines,
+        "original": target.original or None,
         "ceiling": target.ceiling or None,
         "foretold": foretold,
         "tensors": target.tensors,

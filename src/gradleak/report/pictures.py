@@ -22,7 +22,7 @@ from torch import Tensor
 from gradleak.metrics import MISSING, align
 from gradleak.types import Batch
 
-ROLES = ("truth", "claim", "control", "baseline")
+ROLES = ("original", "truth", "claim", "control", "baseline")
 LARGEST_SIDE = 128
 """Pixels; a larger image is reduced for display."""
 MOSAIC = 16
@@ -82,7 +82,7 @@ def load(directory: Path, places: Sequence[tuple[str | None, int]]) -> Stored:
             if stored.ndim != 5 or stored.shape[1:] != shape or not 0 <= row < len(stored):
                 return Stored({}, "the stored tensors are not images of one shape, one per target")
             truth = files[path]["truth"][row] if path else stored[0]
-            rows.append(_aligned(stored[row], truth))
+            rows.append(stored[row] if role == "original" else _aligned(stored[row], truth))
         images[role] = torch.stack(rows).to(torch.float64).numpy()
     return Stored(images)
 

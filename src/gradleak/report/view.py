@@ -191,6 +191,7 @@ class Finding:
             target = self.targets[index]
             client = target.get("client", index)
             scores = (
+                ("original", "Original", wording.decibels(_mean(_original(target)))),
                 ("truth", "Truth", ""),
                 ("claim", "Attack", wording.decibels(psnr[index])),
                 ("control", "Control", wording.decibels(_mean(_control(target)))),
@@ -212,6 +213,8 @@ class Finding:
     def _alt(self, role: str, client: object, score: str) -> str:
         image = "Image" if self.batch == 1 else f"{self.batch} images"
         match role:
+            case "original":
+                return f"{image} of client {client} before its transformation, PSNR {score}"
             case "truth":
                 return f"Truth: the private {image.lower()} of client {client}"
             case "claim":
@@ -266,6 +269,9 @@ class Finding:
         if self.psnr.get("nearest_public") is not None:
             oracle = wording.decibels(self.psnr["nearest_public"])
             rows.append(("nearest public image, chosen by an oracle", oracle))
+        if self.psnr.get("original") is not None:
+            against = wording.decibels(self.psnr["original"])
+            rows.append(("against the image before its transformation", against))
         if self.psnr.get("ceiling") is not None:
             begun = wording.decibels(self.psnr["ceiling"])
             rows.append(("begun at the truth, an oracle's ceiling nearby", begun))
@@ -697,6 +703,10 @@ def _control(target: Json) -> list[float]:
 
 def _begun(target: Json) -> list[float]:
     return _floats((target.get("ceiling") or {}).get("psnr_db"))
+
+
+def _original(target: Json) -> list[float]:
+    return _floats((target.get("original") or {}).get("psnr_db"))
 
 
 def _guess(target: Json) -> list[float]:

@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from gradleak import data, defenses, metrics
+from gradleak import defenses, metrics
 from gradleak.attacks import attack_all
 from gradleak.attacks.parts.distances import Distance, cosine, l1, squared_l2
 from gradleak.attacks.parts.likelihood import DataTerm
@@ -20,7 +19,7 @@ from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import Engine
 from gradleak.attacks.recipes.bayes import Bayes
 from gradleak.data import Dataset, Split
-from gradleak.errors import CorruptFile, InvalidInput
+from gradleak.errors import InvalidInput
 from gradleak.mechanisms import FedSGD
 from gradleak.models import train
 from gradleak.models.layers import Normalize
@@ -32,6 +31,7 @@ from gradleak.reproductions.reproduction import (
     Request,
     Row,
 )
+from gradleak.reproductions.sources import DATA, available, divide, load, substituted
 from gradleak.run.jobs import derive
 from gradleak.scenario import Scenario, simulate
 from gradleak.threat import ThreatModel, Truth
@@ -57,9 +57,6 @@ _NATS: Mapping[str, tuple[Distance, float]] = {
 """Mismatched attackers: distance, and about what a unit of it is worth in nats at this noise."""
 
 ATTACKERS = ("matched", *_NATS)
-
-DATA: Mapping[str, str] = {"mnist": "mnist-5k", "cifar10": "digits"}
-"""Data sets of the paper, and the embedded ones that stand in where they are missing."""
 
 _KNOWS = ThreatModel(knows=frozenset({Fact.MECHANISM, Fact.BATCH_SIZE, Fact.LABELS}))
 
@@ -151,7 +148,7 @@ class BayesTable(Reproduction):
         size = _SIZES[request.budget]
         cells = []
         for wanted in size.data:
-            name, dataset = _available(wanted, request.data_dir)
+            name, dataset = available(wanted, request.data_dir)
             for protection, spec in PROTECTIONS.items():
                 for attacker in ATTACKERS:
                     shared = {
@@ -182,7 +179,7 @@ class BayesTable(Reproduction):
         data_dir: str | None,
         progress: Callable[[float], None],
     ) -> dict[str, Any]:
-        dataset = _load(cell["data"], data_dir)
+        dataset = load(cell["data"], data_dir)
         if dataset.fingerprint != cell["fingerprint"]:
             raise InvalidInput(f"data {cell['data']!r} changed while the table was computed")
         if cell["step"] == "tune":
@@ -202,7 +199,7 @@ class BayesTable(Reproduction):
         rows = []
         for (name, line, protection), by_attacker in scores.items():
             shown = f"{name}, {line}" if line else name
-            rows += _table(f"{shown} / {protection}", by_attacker, note=_substituted(name))
+            rows += _table(f"{shown} / {protection}", by_attacker, note=substituted(name))
         return rows
 
 
@@ -260,7 +257,7 @@ def tuned(
     cell: Mapping[str, Any], dataset: Dataset, *, progress: Callable[[float], None]
 ) -> dict[str, Any]:
     """Tune an attacker on the half of the data that the cell names, and on no other image."""
-    division = _divide(dataset, cell["seed"])
+    division = divide(dataset, cell["seed"])
     half = division.public if cell["tuned_on"] == "public" else division.clients
     plays = _play(cell, dataset, division, half[: cell["images"]], purpose=cell["tuned_on"])
     tried = 0
@@ -285,7 +282,7 @@ def attacked(
     progress: Callable[[float], None],
 ) -> dict[str, Any]:
     """Attack a group of private targets, and score what costs no update."""
-    division = _divide(dataset, cell["seed"])
+    division = divide(dataset, cell["seed"])
     first, last = cell["group"]
     plays = _play(cell, dataset, division, division.clients[first:last], first=first)
     values = _attack(
@@ -389,36 +386,6 @@ def _attack(
 def _engine(attack: Bayes, seen: Sequence[Observation]) -> Engine:
     """Fixed by the attack, not measured: a resumed table is that of an undisturbed run."""
     return "vmap" if attack.data_term(seen).fit.fast is None else "fast"
-
-
-@lru_cache(maxsize=4)
-def _load(name: str, data_dir: str | None) -> Dataset:
-    return data.load(name, data_dir=Path(data_dir) if data_dir else None)
-
-
-def _available(name: str, data_dir: str | None) -> tuple[str, Dataset]:
-    """A data set, or what stands in for it where nobody said where it lies."""
-    try:
-        return name, _load(name, data_dir)
-    except CorruptFile:
-        raise
-    except InvalidInput:
-        if data_dir is not None:
-            raise
-        return DATA[name], _load(DATA[name], None)
-
-
-def _substituted(name: str) -> str:
-    """What to add to a note where a data set stands in for another."""
-    for wanted, instead in DATA.items():
-        if name == instead:
-            return f"; {instead} stands in for {wanted}, which is not on this machine"
-    return ""
-
-
-@lru_cache(maxsize=4)
-def _divide(dataset: Dataset, seed: int) -> Split:
-    return data.split(dataset, derive(seed, "split"))
 
 
 @lru_cache(maxsize=4)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from gradleak.errors import CorruptFile
 from gradleak.report import charts
 from gradleak.report.html import jinja_environment, write_page
@@ -48,7 +50,8 @@ def tables(rows: list[Json]) -> list[dict[str, Any]]:
         {
             "name": name,
             "rows": lines,
-            "chart": charts.intervals(
+            "chart": _curves(lines, name)
+            or charts.intervals(
                 [
                     (r["line"], r["ours"]["value"], r["ours"]["low"], r["ours"]["high"])
                     for r in lines
@@ -59,3 +62,18 @@ def tables(rows: list[Json]) -> list[dict[str, Any]]:
         }
         for name, lines in named.items()
     ]
+
+
+def _curves(rows: list[dict[str, Any]], name: str) -> Markup | None:
+    """The figure of a table whose rows are points of curves, if they are."""
+    points = [row for row in rows if row.get("curve")]
+    positions = list(dict.fromkeys(row["curve"][1] for row in points))
+    lines: dict[str, list[charts.Interval | None]] = {}
+    for row in points:
+        line, position = row["curve"]
+        found = lines.setdefault(line, [None] * len(positions))
+        ours = row["ours"]
+        found[positions.index(position)] = (ours["value"], ours["low"], ours["high"])
+    if not points:
+        return None
+    return charts.curves(positions, lines, name=f"Mean PSNR with 95 % intervals: {name}")

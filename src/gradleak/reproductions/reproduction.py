@@ -108,6 +108,8 @@ class Row:
         paper: the paper's figure; None where nobody could read it there.
         paper_source: where it was read, or "unverified".
         agrees: whether they agree; None without the paper's figure.
+        curve: (line, position) where the row is a point of its table's figure; points of one line
+            stand in order.
     """
 
     row: str
@@ -118,6 +120,7 @@ class Row:
     paper: float | None = None
     paper_source: str = "unverified"
     agrees: bool | None = None
+    curve: tuple[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The row as `reproduction.json` has it."""

@@ -116,7 +116,7 @@ def _residual(seen: Observation, truth: Truth) -> list[Doubt]:
     if not believed.deterministic:
         return []
     with torch.no_grad():
-        expected = believed.predict(seen.update, seen.state, truth.batch)
+        expected = believed.predict(seen.update, seen.state, truth.trained_on)
     residual = norm(difference(expected, seen.update)) / norm(seen.update)
     if residual <= _RESIDUAL:
         return []

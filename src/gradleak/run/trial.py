@@ -211,23 +211,20 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
     labels_known = Fact.LABELS in job.knows
     entries, pictures, at_truth, at_guess = [], [], [], []
     for i, (target, claim) in enumerate(zip(attacked, claims)):
-        truth = _on_cpu(target.truth.batch)
+        true = target.truth.trained_on
+        truth, original = _on_cpu(true), _on_cpu(target.truth.batch)
+        transformed = true is not target.truth.batch
         unrelated = _on_cpu(claims[_control(job, i)].batch)
         guesses = metrics.baselines(public, truth, labels_known=labels_known, spec=dataset.spec)
         objective = _auditors_view(attack, "objective", target.seen)
         fit = _auditors_view(attack, "fit", target.seen)
-        at_truth.append(objective(target.truth.batch))
-        at_guess.append(
-            objective(
-                Batch(
-                    guesses["mean_image"].inputs.to(target.truth.batch.inputs),
-                    target.truth.batch.labels,
-                )
-            )
-        )
+        at_truth.append(objective(true))
+        at_guess.append(objective(Batch(guesses["mean_image"].inputs.to(true.inputs), true.labels)))
 
-        def scores(guess: Batch, truth: Batch = truth) -> dict[str, list[float]]:
-            return metrics.score(guess, truth, bank=bank, spec=dataset.spec)
+        def scores(
+            guess: Batch, truth: Batch = truth, original: Batch = original
+        ) -> dict[str, list[float]]:
+            return metrics.score(guess, truth, original=original, bank=bank, spec=dataset.spec)
 
         entries.append(
             {
@@ -238,16 +235,19 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
                 "objective": claim.objective,
                 "objective_at_truth": at_truth[-1],
                 "fit": fit(claim.batch),
-                "fit_at_truth": fit(target.truth.batch),
+                "fit_at_truth": fit(true),
                 "evaluations": claim.evaluations,
                 "scores": scores(_on_cpu(claim.batch)),
                 "control": scores(unrelated),
+                **({"original": scores(_on_cpu(claim.batch), original)} if transformed else {}),
                 **({"ceiling": scores(_on_cpu(ceilings[i].batch))} if ceilings else {}),
                 "baselines": {name: scores(guess) for name, guess in guesses.items()},
             }
         )
         best_guess = guesses.get("class_mean", guesses["mean_image"])
         pictures.append(_pictures(claim, truth, unrelated, best_guess, dataset.spec))
+        if transformed:
+            pictures[-1]["original"] = original.inputs.float()
     if targets[0].seen.mechanism.deterministic:
         warnings += objective_warnings(at_truth, at_guess)
     record = _record(job, state="measured", reason=None) | {
@@ -279,7 +279,7 @@ def _from_the_truth(
         return []
     return attack.refined(
         [t.seen for t in attacked],
-        [t.truth.batch for t in attacked],
+        [t.truth.trained_on for t in attacked],
         engine=job.engine or "auto",
         trials_at_once=job.trials_at_once,
     )

@@ -43,6 +43,7 @@ class Matching:
         self.batch_size = first.knowledge.batch_size or 1
         self.dtype = dtype
         self.received = [cast(o.update.values, dtype) for o in seen]
+        self.compared = _compared(self.mechanism, self.state)
         self._stacked: tuple[tuple[int, ...], dict[str, Tensor]] = ((), {})
 
     def through(self, state: ModelState, *, mechanism: Mechanism | None = None) -> Matching:
@@ -55,6 +56,7 @@ class Matching:
         other = copy.copy(self)
         other.state = state.to(self.dtype)
         other.mechanism = mechanism or self.mechanism
+        other.compared = _compared(other.mechanism, state)
         other.received = [{k: r[k] for k in state.params} for r in self.received]
         other._stacked = ((), {})
         for name in ("fast", "plain"):
@@ -70,8 +72,8 @@ class Matching:
         """Distance of one trial; inputs (b, *shape), labels (b,) or (b, classes)."""
         update = Update(received, self.mechanism.kind)
         with differentiable_twice():
-            predicted = self.mechanism.predict(update, self.state, Batch(inputs, labels))
-        return self.distance(predicted.values, received)
+            found = self.mechanism.predict(update, self.state, Batch(inputs, labels)).values
+        return self.distance({name: found[name] for name in self.compared}, received)
 
     def __call__(self, inputs: Tensor, labels: Tensor, targets: Sequence[int]) -> Tensor:
         """Distances of several trials in one vectorised program, of one trial in a plain one.
@@ -107,7 +109,9 @@ class Matching:
     @cached_property
     def plain(self) -> PlainFit:
         """The same distances one trial at a time, by double backward."""
-        return PlainFit(self.mechanism, self.state, self.distance, self.received)
+        return PlainFit(
+            self.mechanism, self.state, self.distance, self.received, compared=self.compared
+        )
 
     @cached_property
     def fast(self) -> FastFit | None:
@@ -118,3 +122,9 @@ class Matching:
         """L2 norm of the update received from `target`."""
         squares = [float((v.double() ** 2).sum()) for v in self.received[target].values()]
         return math.sqrt(sum(squares))
+
+
+def _compared(mechanism: Mechanism, state: ModelState) -> list[str]:
+    """Tensors of the update that are matched, in the state's order."""
+    spent = mechanism.spent(state)
+    return [name for name in state.params if name not in spent]

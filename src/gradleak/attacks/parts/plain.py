@@ -32,6 +32,7 @@ class PlainFit:
         state: broadcast state in the precision of the search.
         distance: D.
         received: one update per target, keyed as the state's parameters.
+        compared: names of the tensors that D sees.
     """
 
     def __init__(
@@ -40,9 +41,11 @@ class PlainFit:
         state: ModelState,
         distance: Distance,
         received: Sequence[dict[str, Tensor]],
+        *,
+        compared: Sequence[str],
     ) -> None:
         self.mechanism, self.state = mechanism, state
-        self.distance, self.received = distance, received
+        self.distance, self.received, self.compared = distance, received, compared
         self._slopes: dict[int, Slope] = {}
         self._client = plain_client(mechanism)
         if self._client is not None:
@@ -67,7 +70,7 @@ class PlainFit:
         ]
         predicted = self._predicted(Batch(*leaves), target, create_graph=any(wanted))
         if target not in self._slopes:
-            received = {name: self.received[target][name] for name in self.state.params}
+            received = {name: self.received[target][name] for name in self.compared}
             self._slopes[target] = slope(self.distance, received)
         value, slopes = self._slopes[target]([p.detach() for p in predicted])
         gradients: list[Tensor | None] = [None, None]
@@ -104,4 +107,4 @@ class PlainFit:
                 )
             received = Update(self.received[target], self.mechanism.kind)
             found = self.mechanism.predict(received, self.state, batch).values
-            return [found[name] for name in self.state.params]
+            return [found[name] for name in self.compared]

@@ -74,7 +74,9 @@ def _agrees_in(
     stream = torch.Generator().manual_seed(0)
     received = {k: _update(v, stream) for k, v in state.params.items()}
     inputs = _images(spec, min(size, 2), stream).to(device, precision)
-    reference = PlainFit(plain.mechanism, state, plain.distance, [received])
+    reference = PlainFit(
+        plain.mechanism, state, plain.distance, [received], compared=plain.compared
+    )
     outputs = torch.randn(2, *reference.outputs(inputs[0]).shape, generator=stream)
     labels = outputs.to(inputs).softmax(-1)
     wanted = [reference.evaluate(inputs[t], labels[t], 0, (True, True)) for t in range(2)]
