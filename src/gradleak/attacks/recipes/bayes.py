@@ -8,11 +8,12 @@ from typing import ClassVar
 
 import torch
 
+from gradleak.attacks.parts.annealing import annealed
 from gradleak.attacks.parts.known_labels import known_or_recovered
 from gradleak.attacks.parts.likelihood import DataTerm, data_term, variance
 from gradleak.attacks.parts.objective import Objective
 from gradleak.attacks.parts.penalties import wrapped_variation
-from gradleak.attacks.parts.search import Search, adam, fading_in
+from gradleak.attacks.parts.search import Search, adam
 from gradleak.attacks.parts.unknowns import Images, Variables
 from gradleak.attacks.recipe import Recipe
 from gradleak.types import About, Fact, Observation
@@ -97,5 +98,10 @@ class Bayes(Recipe):
             steps=self.steps,
             learning_rate=self.learning_rate,
             schedule=lambda step, steps: self.decay**step,
-            annealing=fading_in(self.fade * variance(objective.fit.seen[0])),
+            path=annealed(
+                objective,
+                first=self.fade * variance(objective.fit.seen[0]),
+                share=0.5,
+                soft=False,
+            ),
         )

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from gradleak.attacks.parts.annealing import Path, annealed
 from gradleak.attacks.parts.known_labels import known_or_recovered
 from gradleak.attacks.parts.langevin import posterior_mean
 from gradleak.attacks.parts.likelihood import DataTerm, data_term, variance
 from gradleak.attacks.parts.objective import Objective
 from gradleak.attacks.parts.penalties import Penalty
-from gradleak.attacks.parts.search import Search, adam, fading_in
+from gradleak.attacks.parts.search import Search, adam
 from gradleak.attacks.parts.unknowns import Images, Variables
 from gradleak.attacks.recipe import Recipe
 from gradleak.priors import TotalVariation
@@ -130,17 +131,15 @@ class Posterior(Recipe):
         return start
 
     def search(self, objective: Objective, start: Variables) -> Search:
-        annealing = fading_in(variance(objective.fit.seen[0]))
-        return self._estimated(objective, self._descend(objective, start, annealing))
+        path = annealed(objective, first=variance(objective.fit.seen[0]))
+        return self._estimated(objective, self._descend(objective, start, path))
 
     def refine(self, objective: Objective, start: Variables) -> Search:
         # Long steps cross kinks of a ReLU network, where its gradient jumps, and never come back.
         close = replace(self, learning_rate=self.learning_rate / 100)
-        return close._estimated(objective, close._descend(objective, start, lambda *_: 1.0))
+        return close._estimated(objective, close._descend(objective, start, None))
 
-    def _descend(
-        self, objective: Objective, start: Variables, annealing: Callable[[int, int], float]
-    ) -> Search:
+    def _descend(self, objective: Objective, start: Variables, path: Path | None) -> Search:
         low, high = objective.unknown.spec.bounds
         if self.estimate == "ball":
             radius = self.radius * (high - low)
@@ -151,7 +150,7 @@ class Posterior(Recipe):
             steps=self.steps,
             learning_rate=self.learning_rate * (high - low),
             schedule=lambda step, steps: 0.5 * (1 + math.cos(math.pi * step / steps)),
-            annealing=annealing,
+            path=path,
         )
 
     def _estimated(self, objective: Objective, found: Search) -> Search:
