@@ -30,9 +30,7 @@ _BETA = (1.0, 32.0)
 _TEMPERATURE = 2.0
 
 
-def annealed(
-    objective: Objective, *, first: float, share: float = 0.75, soft: bool = True
-) -> Path:
+def annealed(objective: Objective, *, first: float, share: float = 0.75, soft: bool = True) -> Path:
     """The path to an objective whose fit is a negative log-likelihood.
 
     Args:
