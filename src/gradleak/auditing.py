@@ -25,7 +25,7 @@ from gradleak.data import Dataset, Split
 from gradleak.defenses import DEFENSES
 from gradleak.errors import CorruptFile, InvalidInput
 from gradleak.run import states
-from gradleak.run.beliefs import Belief, fitted, prior_spec
+from gradleak.run.beliefs import Belief, fitted, has_precision, prior_spec
 from gradleak.run.executor import TRIALS, Progress, run_here, run_in_processes
 from gradleak.run.jobs import JobSpec, attack_spec, defense_spec, derive, device_of, plan, version
 from gradleak.run.memory import Arrangement, arranged, free_memory, needed
@@ -102,6 +102,11 @@ class LeakageReport:
         return [f for f in self.findings if f["id"] in set(self.result["failed"])]
 
     @property
+    def violations(self) -> list[str]:
+        """What beats a proved limit, a line each: an assumption of the audit is wrong."""
+        return [f"{f['id']}: {v}" for f in self.findings for v in f.get("violations", ())]
+
+    @property
     def conditions_met(self) -> list[str]:
         """The `--fail-on` conditions that hold."""
         return [str(c["condition"]) for c in self.result["fail_on"] if c["holds"]]
@@ -130,6 +135,7 @@ def audit(
     seed: int | None = None,
     budget: str | None = None,
     ceiling: bool | None = None,
+    bounds: bool | None = None,
     device: str | None = None,
     workers: int | None = None,
     memory: float | None = None,
@@ -167,6 +173,7 @@ def audit(
         "seed": seed,
         "budget": budget,
         "ceiling": ceiling,
+        "bounds": bounds,
         "device": device,
         "workers": workers,
         "memory": memory,
@@ -225,8 +232,8 @@ def run_audit(
         arrange(jobs)
     with Store(directory) as store:
         prepared = _prepare_states(settings, network, dataset, division, watcher=watcher)
-        belief = _prepare_prior(settings, dataset, division, watcher=watcher)
-        jobs = plan(settings, dataset, division, states=prepared, belief=belief)
+        belief, auditors = _prepare_priors(settings, dataset, division, watcher=watcher)
+        jobs = plan(settings, dataset, division, states=prepared, belief=belief, auditors=auditors)
         clock = _Clock(started, store, jobs)
         _run(settings, jobs, store, watcher=watcher, arrange=arrange, clock=clock)
         records = [store.records[job.key] for job in jobs]
@@ -331,18 +338,25 @@ def _prepare_states(
     }
 
 
-def _prepare_prior(
+def _prepare_priors(
     settings: AuditSettings, dataset: Dataset, division: Split, *, watcher: Watcher
-) -> Belief | None:
-    if not settings.grants_prior:
-        return None
-    watcher.preparing(f"fitting the prior {settings.prior}")
-    return fitted(
-        settings.prior,
-        dataset,
-        division.public,
-        seed=derive(settings.seed, "prior"),
-        directory=Path(settings.out),
+) -> tuple[Belief | None, Belief | None]:
+    """The attackers' prior and the auditor's; the latter is Gaussian."""
+
+    def fit(spec: str) -> Belief:
+        watcher.preparing(f"fitting the prior {spec}")
+        return fitted(
+            spec,
+            dataset,
+            division.public,
+            seed=derive(settings.seed, "prior"),
+            directory=Path(settings.out),
+        )
+
+    usable = settings.prior if has_precision(settings.prior) else "gaussian"
+    return (
+        fit(settings.prior) if settings.grants_prior else None,
+        fit(usable) if settings.bounds else None,
     )
 
 

@@ -22,7 +22,7 @@ UpdateKind = Literal["gradient", "delta"]
 ServerBehaviour = Literal["honest", "malicious"]
 View = Literal["client", "aggregate"]
 Modality = Literal["image", "tabular", "text"]
-Status = Literal["solved", "exhausted", "diverged", "no_solution", "failed"]
+Status = Literal["solved", "exhausted", "dropped", "diverged", "no_solution", "failed"]
 
 
 class Fact(enum.StrEnum):
@@ -373,8 +373,9 @@ class Reconstruction:
     Attributes:
         batch: the claim; inputs inside the data's bounds.
         objective: the attack's own objective at the claim, lower is better; nan if it has none.
-        status: "solved" (own tolerance reached), "exhausted" (budget spent), "diverged",
-            "no_solution" (a closed form does not apply; `message` says why), "failed".
+        status: "solved" (own tolerance reached), "exhausted" (budget spent), "dropped" (a restart
+            given up for better ones of its target; never a claim's), "diverged", "no_solution" (a
+            closed form does not apply; `message` says why), "failed".
         message: one line of diagnosis.
         evaluations: gradient evaluations spent, over all restarts.
         history: objective of the chosen restart along the search (thinned).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -217,17 +218,16 @@ def _compare(matching: Matching, x: Tensor, y: Tensor, targets: list[int]) -> fl
     return worst
 
 
-@pytest.mark.parametrize("gram", [False, True], ids=["as chosen", "gram"])
+@pytest.mark.parametrize("patched", [False, True], ids=["convolved", "patched"])
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("distance", [cosine, squared_l2])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_rule_is_plain_autograd(
-    network: str, distance: Distance, size: int, gram: bool, monkeypatch: pytest.MonkeyPatch
+    network: str, distance: Distance, size: int, patched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if gram and network in ("grouped", "depthwise"):
-        pytest.skip("the Gram form is for one group")
-    if gram:
-        monkeypatch.setattr("gradleak.attacks.parts.fast.tape.conv_rule", rules.GramConvRule)
+    if patched and network in ("grouped", "depthwise"):
+        pytest.skip("patches are for one group")
+    monkeypatch.setattr(kernel, "_PATCH_ENTRIES", sys.maxsize if patched else 0)
     matching = _matching(_state(NETWORKS[network]), distance, size=size)
     assert _compare(matching, *_claims(3, size, soft=True), [0, 1, 2]) < 1e-10
     assert _compare(matching, *_claims(2, size, soft=False), [1, 1]) < 1e-10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -11,9 +11,15 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
+import gradleak as gl
+from gradleak.attacks import InvertingGradients
 from gradleak.attacks.parts.lbfgs import lbfgs
-from gradleak.attacks.parts.search import adam, step_decay
+from gradleak.attacks.parts.search import Best, Search, adam, halvings, step_decay
 from gradleak.attacks.parts.unknowns import Variables
+from gradleak.data import load
+from gradleak.models import build
+from gradleak.seeding import target_generator
+from gradleak.types import ModelState
 from tests.laws.small import stream
 
 
@@ -194,3 +200,120 @@ def test_one_solved_trial_ends_the_search_for_its_target() -> None:
 def test_step_decay_divides_at_three_five_and_seven_eighths() -> None:
     rates = [step_decay(step, 800) for step in (0, 299, 300, 499, 500, 699, 700, 799)]
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_halvings_leave_one_trial() -> None:
+    assert halvings(1) == ()
+    assert halvings(2) == (0.5,)
+    assert halvings(5) == halvings(8) == (0.125, 0.25, 0.5)
+
+
+def raised(x: Tensor) -> Tensor:
+    """A valley of Rosenbrock's above a floor that every trial carries as its first entry."""
+    return rosenbrock(x[:, 1:]) + x[:, 0].detach()
+
+
+FLOORS = (3.0, 4.0, 1.0, 0.0, 2.0, 5.0, 1.0)
+OWNERS = (0, 1, 0, 0, 0, 1, 1)
+
+
+def raced(search: Callable, trials: Sequence[int] = range(7), steps: int = 40) -> Search:
+    rows = [[FLOORS[t], -1.2, 1.0, -0.5, 1.0] for t in trials]
+    objective = Toy(raised, tuple(OWNERS[t] for t in trials), Free())
+    rate = {} if search is lbfgs else {"learning_rate": 0.02}
+    start = {"x": torch.tensor(rows).double()}
+    found: Search = search(objective, start, steps=steps, halving=(0.25, 0.5), **rate)
+    return found
+
+
+def survivors(found: Search) -> list[int]:
+    return [t for t, status in enumerate(found.status) if status != "dropped"]
+
+
+@pytest.mark.parametrize("search", [lbfgs, adam], ids=["lbfgs", "adam"])
+def test_halving_keeps_the_best_trial_of_every_target(
+    search: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = raced(search)
+    assert survivors(found) == [3, 6]
+    assert [found.evaluations[t] for t in (0, 4, 2, 1, 5)] == [10, 10, 20, 20, 10]
+    full = found.evaluations[3]
+    assert full == found.evaluations[6] > 20
+    monkeypatch.setattr(Best, "_rank", lambda best, t: (-float(best.values[t]), t))
+    assert survivors(raced(search)) == [0, 5], "planted fault: the worse half stays"
+
+
+@pytest.mark.parametrize("search", [lbfgs, adam], ids=["lbfgs", "adam"])
+def test_halving_one_target_does_not_touch_another(search: Callable) -> None:
+    together = raced(search)
+    for target in (0, 1):
+        own = [t for t in range(7) if OWNERS[t] == target]
+        alone = raced(search, own)
+        assert alone.status == [together.status[t] for t in own]
+        assert alone.evaluations == [together.evaluations[t] for t in own]
+        torch.testing.assert_close(alone.variables["x"], together.variables["x"][own])
+
+
+def test_of_equal_trials_the_earlier_stays_and_the_last_is_never_dropped() -> None:
+    best = Best({"x": torch.zeros(5, 1)})
+    best.values[:] = torch.tensor([1.0, 1.0, 1.0, torch.inf, 7.0])
+    assert best.drop_worse_half([0, 1, 2, 3], [0] * 5) == {2, 3}
+    assert best.drop_worse_half([4], [0] * 5) == set()
+    assert best.status == ["exhausted", "exhausted", "dropped", "dropped", "exhausted"]
+
+
+def test_a_diverged_trial_takes_no_place_in_the_better_half() -> None:
+    start = {"x": torch.tensor([[11.0, 1.0], [2.0, 0.0], [3.0, 0.0]], dtype=torch.float64)}
+    objective = Toy(poisoned, (0, 0, 0), Free())
+    found = adam(objective, start, steps=20, learning_rate=0.01, halving=(0.5,))  # type: ignore[arg-type]
+    assert found.status == ["diverged", "exhausted", "dropped"]
+
+
+@dataclass(frozen=True)
+class Faded(Toy):
+    """fit_weight · fit + penalty, read from the two entries of x."""
+
+    fit_weight: float = 1.0
+
+    def value_and_gradient(
+        self, variables: Variables, trials: Sequence[int]
+    ) -> tuple[Tensor, Variables]:
+        x = variables["x"]
+        return self.fit_weight * x[:, 0] + x[:, 1], {"x": torch.zeros_like(x)}
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.4, 0), (0.8, 1)])
+def test_trials_are_compared_at_one_factor(share: float, kept: int) -> None:
+    """Values 1 and 2.1 at factor 0.1, then 10 and 3 at factor 1: the first trial's 1 is past."""
+    start = {"x": torch.tensor([[10.0, 0.0], [1.0, 2.0]], dtype=torch.float64)}
+    whole = Faded(rosenbrock, (0, 0), Free())
+    faded = replace(whole, fit_weight=0.1)
+    found = adam(
+        whole,  # type: ignore[arg-type]
+        start,
+        steps=10,
+        learning_rate=0.1,
+        path=lambda step, steps: faded if step < 5 else whole,  # type: ignore[arg-type,return-value]
+        halving=(share,),
+    )
+    assert survivors(found) == [kept]
+    assert int(found.values.argmin()) == kept
+
+
+def test_a_recipe_halves_each_target_as_it_would_alone_and_says_so() -> None:
+    digits = load("digits")
+    state = ModelState.of(build("lenet-tiny", digits.spec, seed=0))
+    threat = gl.ThreatModel()
+    seen = [
+        gl.simulate(gl.Scenario(digits, state, threat=threat), generator=stream(t))[0]
+        for t in range(2)
+    ]
+    attack = InvertingGradients(steps=40, restarts=4, halving=True)
+    streams = [target_generator(0, t) for t in range(2)]
+    together = attack.on_group(seen, generators=streams, engine="loop")
+    for t in range(2):
+        alone = attack.on_group(seen[t : t + 1], generators=streams[t : t + 1], engine="loop")[0]
+        torch.testing.assert_close(together[t].batch.inputs, alone.batch.inputs)
+        assert alone.evaluations == together[t].evaluations == 40 + 20 + 2 * 10
+        assert alone.message == "best of 4 restarts, 3 dropped early"
+        assert alone.status == "exhausted"

@@ -44,3 +44,18 @@ def test_no_chart_breaks_on_an_unusual_number(value: float | None) -> None:
 def test_an_interval_open_to_one_side_is_drawn_to_the_end_of_the_axis() -> None:
     svg = charts.interval_strip(20.0, -math.inf, math.inf, None, None)
     assert "M4.0 10.0H156.0" in svg
+
+
+def test_a_scatter_has_equal_axes_of_whole_decades() -> None:
+    points = [(1e-3, 2e-2), (5e-4, 0.0), (3e-3, 0.9)]
+    chart = str(charts.scatter(points, name="three targets"))
+    assert chart.count("<circle") == 3
+    for tick in ("10⁻⁴", "10⁻²", "10⁰"):
+        assert chart.count(f">{tick}</text>") == 2
+    assert 'cy="250.0"' in chart, "an error of zero lies at the lower end"
+    assert str(charts.scatter([(0.0, 0.0)], name="exact")).count("<circle") == 1
+
+
+def test_a_proved_limit_is_held_until_the_next_point() -> None:
+    chart = str(charts.risk_curve([30.0], [], [], None, proved=[1.0, 0.5], name=""))
+    assert 'class="line proved" d="M38.0 12.0H42.5V72.0"' in chart

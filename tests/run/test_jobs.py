@@ -33,7 +33,7 @@ def test_groups_cover_the_targets_evenly(targets: int) -> None:
 def test_a_key_depends_on_what_is_measured_and_on_nothing_else() -> None:
     (job,) = jobs(targets=2)
     same = dataclasses.replace(
-        job, directory="elsewhere", prior_file="p", engine="vmap", data_dir="/data"
+        job, directory="elsewhere", prior_file="p", bounds_file="p", engine="vmap", data_dir="/data"
     )
     assert same.keyed().key == job.key
     for change in (
@@ -46,6 +46,7 @@ def test_a_key_depends_on_what_is_measured_and_on_nothing_else() -> None:
         {"knows": ("labels",)},
         {"prior": "pca:rank=1"},
         {"prior_digest": "other"},
+        {"bounds_digest": "other"},
     ):
         assert dataclasses.replace(job, **change).keyed().key != job.key  # type: ignore[arg-type]
     assert JobSpec.from_json(job.to_json()) == job

@@ -13,7 +13,7 @@ import torch
 from gradleak.attacks.parts.memory import Limit
 from gradleak.attacks.parts.needs import require
 from gradleak.attacks.parts.objective import Engine, Objective, calibrated
-from gradleak.attacks.parts.search import Search
+from gradleak.attacks.parts.search import Search, halvings
 from gradleak.attacks.parts.unknowns import Variables
 from gradleak.types import About, Batch, Observation, Reconstruction
 
@@ -36,6 +36,13 @@ class Recipe(ABC):
 
     steps: int
     restarts: int
+    halving: bool = False
+    """Whether restarts are dropped on the way; a recipe that can makes this a field."""
+
+    @property
+    def cuts(self) -> tuple[float, ...]:
+        """Shares of the budget at which every target drops the worse half of its restarts."""
+        return halvings(self.restarts) if self.halving else ()
 
     @abstractmethod
     def compose(self, seen: Sequence[Observation]) -> Objective:
@@ -145,17 +152,24 @@ def _choose(objective: Objective, found: Search, count: int) -> list[Reconstruct
     claims = []
     for target in range(count):
         trials = [t for t, owner in enumerate(objective.targets) if owner == target]
-        best = min(trials, key=lambda t: float(found.values[t]))
+        dropped = {t for t in trials if found.status[t] == "dropped"}
+        best = min(trials, key=lambda t: (float(found.values[t]), t in dropped))
         batch = Batch(inputs[best].detach().clamp(low, high).cpu(), labels[best].detach().cpu())
         claims.append(
             Reconstruction(
                 batch=batch,
                 objective=float(found.values[best]),
                 status=found.status[best],
-                message=f"best of {len(trials)} restarts" if len(trials) > 1 else "",
+                message=_told(len(trials), len(dropped)),
                 evaluations=sum(found.evaluations[t] for t in trials),
                 history=tuple(found.history[best]),
                 engine=str(objective.engine),
             )
         )
     return claims
+
+
+def _told(restarts: int, dropped: int) -> str:
+    if restarts == 1:
+        return ""
+    return f"best of {restarts} restarts" + (f", {dropped} dropped early" if dropped else "")

@@ -1,7 +1,7 @@
 """Commands and options of `gradleak`.
 
-Exit status: 0 done, 1 a --fail-on condition holds, 2 invalid request, 3 trials failed to run,
-130 interrupted.
+Exit status: 0 done, 1 a --fail-on condition holds, 2 invalid request, 3 trials failed to run or
+an attack beat what is proved, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -108,6 +108,10 @@ Ceiling = Annotated[
     bool | None,
     _option("begin every attack at the truth as well, as an auditor can", _EFFORT, "--ceiling"),
 ]
+Bounds = Annotated[
+    bool | None,
+    _option("also foretell every target's error without an attack", _EFFORT, "--bounds"),
+]
 Memory = Annotated[
     float | None, _option("GB that all workers together may use [what is free]", _EFFORT)
 ]
@@ -163,6 +167,7 @@ def audit(
     seed: Seed = None,
     budget: Budget = None,
     ceiling: Ceiling = None,
+    bounds: Bounds = None,
     device: Device = None,
     workers: Workers = None,
     memory: Memory = None,
@@ -353,10 +358,12 @@ def _audit(given: dict[str, Any], *, one: str | None = None) -> None:
             verb="audit" if one is None else "attack",
         )
     print_report(outcome)
+    for line in outcome.violations:
+        typer.echo(f"error: {line}", err=True)
     if outcome.conditions_met:
         typer.echo(f"fails on: {', '.join(outcome.conditions_met)}", err=True)
         raise typer.Exit(CONDITION_HOLDS)
-    if outcome.failed:
+    if outcome.failed or outcome.violations:
         raise typer.Exit(FAILED)
 
 

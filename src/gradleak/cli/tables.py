@@ -40,6 +40,8 @@ def print_report(report: LeakageReport) -> None:
     out = console()
     out.print(table)
     out.print()
+    if any(x["proved"] for f in report.findings for x in f.get("limits", ())):
+        out.print("(≤ …): proved, whatever the attack", highlight=False)
     out.print(report.headline, soft_wrap=True, highlight=False, markup=False)
     out.print(f"Report: {report.page}", soft_wrap=True, highlight=False, markup=False)
 
@@ -91,11 +93,12 @@ def _numbers(finding: Mapping[str, Any]) -> list[str]:
     if not psnr or not identified:
         return ["–"] * 5
     trials = finding["trials"]
+    proved = [f"(≤ {x['limit']:.0%})" for x in finding.get("limits", ()) if x["proved"]]
     return [
         f"{_decimal(psnr['value'])} [{_decimal(psnr['low'])}, {_decimal(psnr['high'])}]",
         _decimal(psnr["baseline"]),
         _decimal(psnr["control"]),
-        f"{identified['value']:.0%}",
+        " ".join([f"{identified['value']:.0%}", *proved]),
         f"{trials['solved']}/{trials['run']}",
     ]
 
@@ -105,6 +108,8 @@ def _decimal(value: float | None) -> str:
 
 
 def _verdict(finding: Mapping[str, Any]) -> str:
+    if finding.get("violations"):
+        return "ERROR"
     if finding["state"] == "measured":
         return str(finding["verdict"])
     return f"{finding['state'].replace('_', ' ')}: {finding['reason']}"

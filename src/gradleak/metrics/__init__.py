@@ -20,7 +20,8 @@ from gradleak.metrics.bounds import (
     update_map,
     van_trees_floor,
 )
-from gradleak.metrics.identify import identified
+from gradleak.metrics.guessing import best_guess
+from gradleak.metrics.identify import SAME, identified
 from gradleak.metrics.image import METRICS, PSNR_CEILING_DB, Metric, mse, psnr_db, ssim
 from gradleak.metrics.labels import label_accuracy
 from gradleak.metrics.privacy import dp_ceiling, epsilon_curve, gaussian_ceiling
@@ -32,6 +33,7 @@ from gradleak.metrics.statistics import (
     clustered_rate,
     excess_risk,
     excess_risk_interval,
+    mean_at_most,
     median_interval,
     paired_difference,
     sign_test,
@@ -42,11 +44,13 @@ __all__ = [
     "METRICS",
     "MISSING",
     "PSNR_CEILING_DB",
+    "SAME",
     "Floor",
     "Interval",
     "Metric",
     "align",
     "baselines",
+    "best_guess",
     "clopper_pearson",
     "clustered_mean",
     "clustered_rate",
@@ -66,6 +70,7 @@ __all__ = [
     "label_accuracy",
     "laplace_information",
     "matched",
+    "mean_at_most",
     "median_interval",
     "mse",
     "paired_difference",

@@ -23,7 +23,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from gradleak.errors import InvalidInput
-from gradleak.metrics.statistics import clustered_mean
+from gradleak.metrics.statistics import mean_at_most
 from gradleak.types import Batch, Mechanism, ModelState
 
 UpdateMap = Callable[[Tensor], Tensor]
@@ -40,7 +40,7 @@ class Floor:
     """A floor under the mean squared error per entry, averaged over targets and noise.
 
     Attributes:
-        proved: lower confidence limit of the floor.
+        proved: lower confidence limit of the floor; 0 where the draws do not support one.
         estimate: the floor with the average over draws put in; biased upwards, so no bound.
         confidence: of `proved`, one-sided.
         n: draws.
@@ -125,7 +125,7 @@ def van_trees_floor(
 
         floor ≥ tr S / d + tr(S M₀ S) / d − E tr(S F S) / d,   S = (M₀ + P)⁻¹,
 
-    whose last term the second half bounds from above by Student's t.
+    whose last term the second half bounds from above (`mean_at_most`), or cannot.
 
     Holds for f locally Lipschitz (tanh or softplus networks; not ReLU, max-pooling or top-k, whose
     updates jump), targets drawn from the prior, and noise independent between coordinates.
@@ -135,9 +135,9 @@ def van_trees_floor(
     Args:
         information: draw -> F(x), (d, d).
         draws: independent draws from the prior (of inputs, or of anything `information` takes), in
-            random order; at least 4. The nominal 95 % are 94 % where F is bounded (measured with a
-            tanh in one dimension, 100 draws) and 80 % where few draws hold most of its mean (x³
-            under a normal prior, 20 draws).
+            random order; at least 4, and 40 for the stated confidence. A share q of the prior that
+            holds most of E F and that n draws all miss, as they do with probability (1 − q)ⁿ, is
+            beyond any number of them.
         precision: P, (d, d), the information of the prior; Σ⁻¹ for N(μ, Σ).
         confidence: of the floor, one-sided.
 
@@ -159,8 +159,8 @@ def van_trees_floor(
     for x in draws[half:]:
         matrix = _like(precision, information(x))
         total += matrix
-        slopes.append([float((squared * matrix).sum()) / d])
-    slope = clustered_mean(slopes, confidence=2 * confidence - 1).high
+        slopes.append(float((squared * matrix).sum()) / d)
+    slope = mean_at_most(slopes, confidence=confidence)
     tangent = float(inverse.trace() + (squared * pilot).sum()) / d - slope
     return Floor(max(0.0, tangent), posterior_trace(total / n, precision), confidence, n)
 

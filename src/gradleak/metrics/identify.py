@@ -8,7 +8,7 @@ from torch import Tensor
 from gradleak.errors import InvalidInput
 from gradleak.metrics.align import squared_distances
 
-_SAME = 1e-10
+SAME = 1e-10
 """Mean squared difference below which two candidates are one (an 8-bit step in one of 3072
 entries gives 5e-9)."""
 
@@ -36,7 +36,7 @@ def identified(claim: Tensor, truth: Tensor, bank: Tensor) -> Tensor:
             f"claims {tuple(claim.shape)} and bank {tuple(bank.shape)}: expected examples of "
             f"shape {tuple(truth.shape[1:])}, one claim per truth"
         )
-    same = squared_distances(truth, bank) < _SAME
+    same = squared_distances(truth, bank) < SAME
     if not bool(same.any(1).all()):
         raise InvalidInput("a true example is not in the bank: expected the truths among M")
     if not bool((~same).any(1).all()):

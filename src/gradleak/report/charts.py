@@ -118,9 +118,17 @@ def risk_curve(
     guess: Sequence[float],
     undefended: Sequence[float] | None,
     *,
+    begun: Sequence[float] = (),
+    proved: Sequence[float] = (),
     name: str,
 ) -> Markup:
-    """Draw the share of private images whose PSNR (dB) exceeds x, against both references."""
+    """Draw the share of private images whose PSNR (dB) exceeds x, against both references.
+
+    Args:
+        attack: of every image, as for `control`, `guess`, `undefended` and `begun` at the truth.
+        proved: the largest possible share above 0, 1, 2 … dB.
+        name: says the same in words.
+    """
     body = _frame([(f"{share} %", 1 - share / 100) for share in (0, 50, 100)])
     for tick in range(0, int(PSNR_TOP) + 1, 20):
         x = _x(tick, _LEFT, _RIGHT)
@@ -133,10 +141,23 @@ def risk_curve(
     body += f'<path class="area" d="{_survival(attack)}V{_BOTTOM}H{_LEFT}Z"/>'
     if undefended:
         body += f'<path class="line undefended" d="{_survival(undefended)}"/>'
-    for css, values in (("guess", guess), ("control", control), ("attack", attack)):
+    if proved:
+        body += f'<path class="line proved" d="{_steps(proved)}"/>'
+    for css, values in (
+        ("begun", begun), ("guess", guess), ("control", control), ("attack", attack),
+    ):  # fmt: skip
         if values:
             body += f'<path class="line {css}" d="{_survival(values)}"/>'
     return _svg(_WIDTH, _HEIGHT, body, name=name, css="plot")
+
+
+def _steps(shares: Sequence[float]) -> str:
+    """Path of shares at 0, 1, 2 … dB, each held until the next: a limit is never understated."""
+    height = _BOTTOM - _TOP
+    path = f"M{_LEFT} {_BOTTOM - height * shares[0]:.1f}"
+    for psnr_db, share in enumerate(shares[1:], start=1):
+        path += f"H{_x(psnr_db, _LEFT, _RIGHT):.1f}V{_BOTTOM - height * share:.1f}"
+    return path
 
 
 def _survival(values: Sequence[float]) -> str:
@@ -151,6 +172,44 @@ def _survival(values: Sequence[float]) -> str:
         share = (len(steps) - position - 1) / len(values)
         path += f"H{_x(value, _LEFT, _RIGHT):.1f}V{_BOTTOM - height * share:.1f}"
     return f"{path}H{_RIGHT}"
+
+
+def scatter(points: Sequence[tuple[float, float]], *, name: str) -> Markup:
+    """Draw (foretold, realised) mean squared errors on equal logarithmic axes, and the diagonal.
+
+    Axes span whole decades, as many as the points need; errors of zero lie at their lower end.
+    """
+    width, height, left, right, top, bottom = 316, 300, 52.0, 296.0, 10.0, 250.0
+    logs = [math.log10(error) for pair in points for error in pair if error > 0] or [0.0]
+    low = math.floor(min(logs))
+    high = max(math.ceil(max(logs)), low + 2)
+
+    def place(error: float, start: float, end: float) -> float:
+        log = math.log10(error) if error > 0 else low
+        return start + (end - start) * (log - low) / (high - low)
+
+    body = ""
+    for decade in range(low, high + 1, -(-(high - low) // 5)):
+        x, y = place(10.0**decade, left, right), place(10.0**decade, bottom, top)
+        tick = f"10{str(decade).translate(_RAISED)}"
+        body += f'<path class="grid" d="M{left} {y:.1f}H{right}M{x:.1f} {top}V{bottom}"/>'
+        body += f'<text x="{left - 6:.0f}" y="{y + 4:.0f}" text-anchor="end">{tick}</text>'
+        body += f'<text x="{x:.0f}" y="{bottom + 16:.0f}" text-anchor="middle">{tick}</text>'
+    middle = (top + bottom) / 2
+    body += (
+        f'<text x="{(left + right) / 2:.0f}" y="{bottom + 36:.0f}" text-anchor="middle">'
+        "mean squared error, foretold</text>"
+        f'<text transform="translate(11 {middle:.0f}) rotate(-90)" text-anchor="middle">'
+        "realised</text>"
+        f'<path class="line control" d="M{left} {bottom}L{right} {top}"/>'
+    )
+    for foretold, realised in points:
+        x, y = place(foretold, left, right), place(realised, bottom, top)
+        body += f'<circle class="dot attack" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
+    return _svg(width, height, body, name=name, css="plot")
+
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def trend(points: Sequence[Point], *, name: str) -> Markup:

@@ -23,7 +23,8 @@ two finite objectives.
 
 *"protected"* when none of that holds and **all** of these do: a protection is in place, the attack
 knew it (adaptive), at least 8 clients, every miss information-limited (no failure, divergence,
-missing solution, optimiser-limited or unattributed miss, no solved target), no sanity warning, at
+missing solution, optimiser-limited or unattributed miss, no solved target), no sanity warning, no
+proved limit broken (see `limits`), at
 least half of the clients unidentified with 95 % confidence, and the same attack under the same
 threat leaks the same scenario without the protection. A weak or broken attack can therefore never
 certify anything.
@@ -50,6 +51,7 @@ from gradleak.metrics import (
     median_interval,
     sign_test,
 )
+from gradleak.report.limits import limits, ranking, violations
 
 RECOVERED_PSNR_DB = 20.0
 RECOVERED_MARGIN_DB = 3.0
@@ -62,7 +64,7 @@ Finding = dict[str, Any]
 Scores = Mapping[str, Sequence[float]]
 
 _RATES = {"identified": "", "label_accuracy": ""}
-_NO_CLAIM = ("failed", "diverged", "no_solution")
+NO_CLAIM = ("failed", "diverged", "no_solution")
 _COUNTED = ("solved", "diverged", "failed", "no_solution")
 _CAUSES = ("optimiser_limited", "information_limited", "unattributed")
 
@@ -71,6 +73,7 @@ _CAUSES = ("optimiser_limited", "information_limited", "unattributed")
 class _Target:
     """One attacked update; scores are lists with one value per image."""
 
+    number: Any
     client: Any
     seed: Any
     group: Any
@@ -100,7 +103,7 @@ class _Target:
     @property
     def missed(self) -> str | None:
         """Why the target was missed; None where it was solved or there is no claim."""
-        if self.solved or self.status in _NO_CLAIM:
+        if self.solved or self.status in NO_CLAIM:
             return None
         if not (math.isfinite(self.objective) and math.isfinite(self.objective_at_truth)):
             return "unattributed"
@@ -128,8 +131,16 @@ def findings(records: Sequence[Mapping[str, Any]]) -> list[Finding]:
     grouped: dict[str, list[Mapping[str, Any]]] = {}
     for record in {r.get("key", i): r for i, r in enumerate(records)}.values():
         grouped.setdefault(str(record["finding"]), []).append(record)
+    foretold: dict[str, _Foretold] = {}
+    for record in records:
+        if record.get("foretold"):
+            foretold.setdefault(_condition(record), _Foretold()).add(record)
     found = [
-        _finding(name, sorted(group, key=lambda r: (r.get("seed") or 0, r.get("group") or 0)))
+        _finding(
+            name,
+            sorted(group, key=lambda r: (r.get("seed") or 0, r.get("group") or 0)),
+            foretold=foretold.get(_condition(group[0]), _Foretold()),
+        )
         for name, group in grouped.items()
     ]
     leaking = {_setting(f) for f in found if f["verdict"] == "leaks" and f["defense"] == "none"}
@@ -205,13 +216,53 @@ def _leakage(finding: Finding) -> tuple[bool, float, float]:
     return finding["verdict"] == "leaks", share, finding["measurements"]["psnr_db"]["value"]
 
 
-def _setting(finding: Finding) -> str:
+def _setting(finding: Mapping[str, Any]) -> str:
     """What two findings share that differ in their protection alone."""
-    threat = {k: sorted(v) if k == "knows" else v for k, v in finding["threat"].items()}
-    return repr((sorted(finding["scenario"].items()), sorted(threat.items()), finding["attack"]))
+    return repr((_scene(finding), finding["attack"]))
 
 
-def _finding(name: str, records: Sequence[Mapping[str, Any]]) -> Finding:
+def _condition(record: Mapping[str, Any]) -> str:
+    """What two records share that differ in their attack alone."""
+    return repr((_scene(record), record.get("defense_spec") or record["defense"]))
+
+
+def _scene(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    threat = {k: sorted(v) if k == "knows" else v for k, v in (record.get("threat") or {}).items()}
+    return sorted(record["scenario"].items()), sorted(threat.items())
+
+
+@dataclass(slots=True)
+class _Foretold:
+    """What the auditor foretold of the targets of one condition, whatever attacks them."""
+
+    prior: str | None = None
+    floor: dict[str, Any] | None = None
+    targets: dict[Any, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        known = record["foretold"]
+        self.prior = known.get("prior") or self.prior
+        self.floor = known.get("floor") or self.floor
+        for scores in known.get("targets", ()):
+            self.targets[record.get("seed"), scores["target"]] = dict(scores)
+
+    def of(self, target: _Target) -> dict[str, Any] | None:
+        return self.targets.get((target.seed, target.number))
+
+    def beside(self, targets: Sequence[_Target]) -> Finding | None:
+        """The prior, and how well each score ranked the targets for which there is a claim."""
+        if not self.targets:
+            return None
+        pairs = [
+            (scores, float(np.mean(t.scores["mse"])))
+            for t in targets
+            if t.status not in NO_CLAIM and (scores := self.of(t)) and t.scores.get("mse")
+        ]
+        ranks = ranking([scores for scores, _ in pairs], [error for _, error in pairs])
+        return {"prior": self.prior, "ranking": ranks}
+
+
+def _finding(name: str, records: Sequence[Mapping[str, Any]], *, foretold: _Foretold) -> Finding:
     first = records[0]
     states = [str(r["state"]) for r in records]
     reasons = _unique(str(r["reason"]) for r in records if r.get("reason"))
@@ -236,6 +287,9 @@ def _finding(name: str, records: Sequence[Mapping[str, Any]]) -> Finding:
         "verdict": "inconclusive",
         "warnings": _unique(str(w) for r in records for w in r.get("warnings") or ()),
         "reason": "; ".join(reasons) or None,
+        "limits": [],
+        "violations": [],
+        "foretold": None,
         "targets": [],
         "tensors": _unique(str(r["tensors"]) for r in records if r.get("tensors")),
     }
@@ -252,10 +306,22 @@ def _finding(name: str, records: Sequence[Mapping[str, Any]]) -> Finding:
     if not all(t.control for t in targets):
         finding["warnings"].append("some targets have no control attack")
     _settle(targets)
+    proved = [r["proved"] for r in records if r.get("proved")]
+    compared = limits(
+        max(proved, key=lambda p: p.get("identified") or 0.0) if proved else None,
+        foretold.floor,
+        _clusters(targets, lambda t: t.scores.get("identified")),
+        _clusters(targets, lambda t: t.scores.get("mse")),
+    )
     finding |= {
         "state": "measured",
         "measurements": _measurements(targets, first),
-        "targets": [_public(t) for t in sorted(targets, key=lambda t: t.tensors is None)],
+        "limits": compared,
+        "violations": violations(compared),
+        "foretold": foretold.beside(targets),
+        "targets": [
+            _public(t, foretold.of(t)) for t in sorted(targets, key=lambda t: t.tensors is None)
+        ],
         "trials": {
             "run": len(targets),
             "solved": sum(t.solved for t in targets),
@@ -279,6 +345,7 @@ def _targets(record: Mapping[str, Any]) -> list[_Target]:
     unnamed = {"client": f"group {record.get('group')}, seed {record.get('seed')}"}
     return [
         _Target(
+            number=t.get("target"),
             client=t.get("client"),
             seed=record.get("seed"),
             group=record.get("group"),
@@ -313,7 +380,7 @@ def _settle(targets: Sequence[_Target]) -> None:
             count = 1 if name == "label_accuracy" else b
             fallback = [usual[name]] * count if math.isfinite(usual[name]) else [0.0] * count
             guess = target.guess.get(name) or fallback
-            if target.status in _NO_CLAIM or name not in claimed:
+            if target.status in NO_CLAIM or name not in claimed:
                 submitted[name] = [0.0] * count if name == "identified" else list(guess)
             else:
                 submitted[name] = [
@@ -463,6 +530,7 @@ def _verdict(finding: Finding, targets: Sequence[_Target]) -> tuple[str, str]:
         "the control recovers as much as the attack": trials["recovered_images"] > 0,
         f"{clients} clients: {PROTECTED_CLIENTS} or more are needed": clients < PROTECTED_CLIENTS,
         "sanity checks gave warnings": bool(finding["warnings"]),
+        "an attack beats what is proved": bool(finding["violations"]),
         f"up to {identified['high']:.0%} of images may be identified "
         f"({CONFIDENCE:.0%} confidence)": identified["high"] >= PROTECTED_IDENTIFIED,
         "misses and targets do not add up": missed["information_limited"] != trials["run"],
@@ -503,7 +571,7 @@ def _rate(values: Sequence[Sequence[float]]) -> Interval:
     return clustered_rate(values, confidence=CONFIDENCE)
 
 
-def _public(target: _Target) -> Finding:
+def _public(target: _Target, foretold: Finding | None) -> Finding:
     """One target as result.json shows it; scores are those that count."""
     return {
         "client": target.client,
@@ -521,6 +589,7 @@ def _public(target: _Target) -> Finding:
         "control": target.control or None,
         "baselines": target.baselines,
         "ceiling": target.ceiling or None,
+        "foretold": foretold,
         "tensors": target.tensors,
         "row": target.row,
     }

@@ -58,6 +58,27 @@ _TARGET: dict[str, Any] = {
         "control": {"anyOf": [_SCORES, {"type": "null"}]},
         "ceiling": {"anyOf": [_SCORES, {"type": "null"}]},
         "baselines": {"type": "object", "additionalProperties": _SCORES},
+        "foretold": {"anyOf": [{"type": "object"}, {"type": "null"}]},
+    },
+}
+_LIMIT: dict[str, Any] = {
+    "type": "object",
+    "required": ["metric", "side", "limit", "proved", "demonstrated", "broken", "why"],
+    "properties": {
+        "metric": {"enum": ["identified", "mse"]},
+        "side": {"enum": ["at most", "at least"]},
+        "limit": _NUMBER_OR_NULL,
+        "proved": {"type": "boolean"},
+        "demonstrated": {
+            "type": "object",
+            "required": ["value", "low", "high", "confidence", "n"],
+            "additionalProperties": _NUMBER,
+        },
+        "broken": {"type": "boolean"},
+        "why": _TEXTS,
+        "kappa": _NUMBER,
+        "noise_multiplier": _NUMBER,
+        "risk": {"type": "array", "items": _NUMBER},
     },
 }
 _FINDING: dict[str, Any] = {
@@ -87,6 +108,9 @@ _FINDING: dict[str, Any] = {
         "verdict": {"enum": ["leaks", "protected", "inconclusive", None]},
         "warnings": _TEXTS,
         "reason": {"anyOf": [_TEXT, {"type": "null"}]},
+        "limits": {"type": "array", "items": _LIMIT},
+        "violations": _TEXTS,
+        "foretold": {"anyOf": [{"type": "object"}, {"type": "null"}]},
         "targets": {"type": "array", "items": _TARGET},
         "tensors": _TEXTS,
     },

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from markupsafe import Markup
 
-from gradleak.report import charts, pictures, wording
+from gradleak.report import charts, pictures, proofs, wording
 from gradleak.report.findings import RECOVERED_PSNR_DB, verdict_by_defense
 from gradleak.report.pictures import Picture
 from gradleak.report.wording import Json
@@ -148,8 +148,10 @@ class Finding:
         return [_mean(self._psnr(target)) for target in self.targets]
 
     def image_psnr(self, source: str) -> list[float]:
-        """PSNR in dB of every private image for "scores", "control" or "guess"."""
-        each = {"scores": self._psnr, "control": _control, "guess": _guess}[source]
+        """PSNR in dB of every private image for "scores", "control", "guess" or "ceiling"."""
+        each = {"scores": self._psnr, "control": _control, "guess": _guess, "ceiling": _begun}[
+            source
+        ]
         return [value for target in self.targets for value in each(target)]
 
     def _psnr(self, target: Json) -> list[float]:
@@ -166,9 +168,17 @@ class Finding:
             self.image_psnr("control"),
             self.image_psnr("guess"),
             beside.image_psnr("scores") if beside else None,
+            begun=self.image_psnr("ceiling"),
+            proved=self.proved_risk,
             name=f"{self.name}, {self.attack}: {above} of {len(attack)} private images exceed "
             f"20 dB; median {wording.decibels(_median(attack))}",
         )
+
+    @property
+    def proved_risk(self) -> list[float]:
+        """The largest possible share of images above 0, 1, 2 … dB; empty where none is proved."""
+        found = (limit.get("risk") for limit in self.raw.get("limits") or ())
+        return next((_floats(risk) for risk in found if risk), [])
 
     def gallery(self) -> tuple[list[Shown], str]:
         """The worst, median and random target in pictures, and why there are none."""
@@ -315,6 +325,10 @@ class Report:
         self.galleries = [(f, *f.gallery()) for f in self.strongest]
         self.hero = self._hero()
         self.galleries_shown = GALLERIES
+        self.proofs = proofs.lines(self.measured)
+        self.proof_title = proofs.title(self.proofs)
+        self.scatters = proofs.scatters(self.strongest)
+        self.scatter_title = proofs.scatter_title(self.scatters)
 
     @property
     def headline(self) -> str:
@@ -441,6 +455,21 @@ class Report:
             if curve:
                 out.append((finding, curve))
         return out
+
+    @property
+    def violations(self) -> list[tuple[Finding, str]]:
+        """Every proved limit that an attack breaks."""
+        return [(f, text) for f in self.measured for text in f.raw.get("violations") or ()]
+
+    @property
+    def curves_hold(self) -> dict[str, bool]:
+        """Which of the optional lines any risk curve has."""
+        shown = [finding for finding, _ in self.curves]
+        return {
+            "undefended": len(shown) > 1,
+            "begun": any(f.image_psnr("ceiling") for f in shown),
+            "proved": any(f.proved_risk for f in shown),
+        }
 
     @property
     def fate_title(self) -> str:
@@ -664,6 +693,10 @@ def _floats(values: object) -> list[float]:
 
 def _control(target: Json) -> list[float]:
     return _floats((target.get("control") or {}).get("psnr_db"))
+
+
+def _begun(target: Json) -> list[float]:
+    return _floats((target.get("ceiling") or {}).get("psnr_db"))
 
 
 def _guess(target: Json) -> list[float]:

@@ -257,4 +257,15 @@ DEFINITIONS: tuple[tuple[str, str], ...] = (
         "it is no proof.",
     ),
     ("Inconclusive", "Neither of the two; the reason names the first condition that fails."),
+    (
+        "Proved limit",
+        "The share that no attack can identify more often, by differential privacy of one clipped "
+        "update with Gaussian noise; it starts from what a guess achieves. An attack breaks it "
+        "when its whole 99.8 % interval lies beyond. The auditor's: no attack sees it.",
+    ),
+    (
+        "Foretold error",
+        "Trace of the inverse of Fisher information plus prior precision, per entry: the mean "
+        "squared error if the posterior were Gaussian at the truth. A score of the auditor's.",
+    ),
 )

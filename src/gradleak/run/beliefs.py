@@ -41,6 +41,11 @@ def prior_spec(spec: str) -> str:
     return registry.describe(priors.build(spec))
 
 
+def has_precision(spec: str) -> bool:
+    """Whether a prior has Gaussian components, and so an information that bounds can use."""
+    return priors.build(spec).fitted is priors.Gaussians
+
+
 def fitted(spec: str, dataset: Dataset, public: Tensor, *, seed: int, directory: Path) -> Belief:
     """Fit the prior of a run, or find the one that an earlier part of the run has fitted.
 

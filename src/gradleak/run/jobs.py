@@ -74,6 +74,9 @@ class JobSpec:
             has two clients.
         bank: examples of the private pool that form the identification bank.
         ceiling: begin the attack at the truth as well.
+        bounds_file: prior by which the auditor scores the targets, relative to `directory`; None
+            where another job scores them, or none.
+        bounds_digest: content of that file.
         device: "cpu" or "cuda".
         engine: how the attack is vectorised.
         trials_at_once: most trials that memory lets step together.
@@ -112,6 +115,8 @@ class JobSpec:
     spare: int | None
     bank: int
     ceiling: bool
+    bounds_file: str | None
+    bounds_digest: str | None
     device: str
     engine: Engine | None = None
     trials_at_once: int | None = None
@@ -133,8 +138,8 @@ class JobSpec:
         """
         content = self.to_json()
         for name in (
-            "key", "directory", "data", "data_dir", "state", "prior_file", "engine",
-            "trials_at_once",
+            "key", "directory", "data", "data_dir", "state", "prior_file", "bounds_file",
+            "engine", "trials_at_once",
         ):  # fmt: skip
             del content[name]
         content["version"] = version()
@@ -256,6 +261,7 @@ def plan(
     *,
     states: Mapping[str, Broadcast],
     belief: Belief | None = None,
+    auditors: Belief | None = None,
 ) -> list[JobSpec]:
     """All jobs of a run, in the order in which a reader wants their findings.
 
@@ -265,6 +271,7 @@ def plan(
         division: its private and public halves.
         states: broadcast state by stage.
         belief: the prior, where attackers are given one.
+        auditors: the prior of the auditor's bounds, where these are asked for.
 
     Raises:
         InvalidInput: an unknown attack or protection, or more targets than there are examples.
@@ -285,7 +292,8 @@ def plan(
                 f"{dataset.name} has {pool}; ask for fewer --targets or a smaller --batch-size"
             )
         for defense, (defense_id, full_defense) in defenses.items():
-            for attack, full_attack in attacks.items():
+            for position, (attack, full_attack) in enumerate(attacks.items()):
+                scores = auditors if position == 0 else None
                 mechanism = f"{settings.mechanism}-b{batch_size}"
                 finding = "/".join(
                     (dataset.name, settings.model, stage, mechanism, defense, attack)
@@ -331,6 +339,8 @@ def plan(
                             spare=_spare(owners, members, clients=clients, targets=targets),
                             bank=min(pool, max(BANK, needed)),
                             ceiling=settings.ceiling,
+                            bounds_file=scores.path if scores else None,
+                            bounds_digest=scores.digest if scores else None,
                             device=device_of(settings),
                         ).keyed()
                     )

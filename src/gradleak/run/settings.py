@@ -62,6 +62,8 @@ class AuditSettings:
         budget: how much work per target.
         ceiling: begin every attack at the truth as well, which only an auditor can: what is found
             there bounds searches that end nearby.
+        bounds: what can be foretold of every target without an attack, from Fisher information and
+            a prior of public data; the attacks never see it.
         device: where attacks run.
         workers: worker processes; 0 runs in this process.
         memory: GB (10⁹ bytes) that all workers together may use; None takes what is free.
@@ -98,6 +100,7 @@ class AuditSettings:
     seed: int = 0
     budget: Budget = "quick"
     ceiling: bool = False
+    bounds: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int | None = None
     memory: float | None = None
@@ -191,7 +194,7 @@ class AuditSettings:
                 value = granted([value] if isinstance(value, str) else value)
             values[known] = _typed(value, hints[known], where=option(known))
         settings = cls(**values)
-        if "prior" in values and not settings.grants_prior:
+        if "prior" in values and not (settings.grants_prior or settings.bounds):
             raise InvalidInput(
                 f"--prior {settings.prior!r} contradicts --knows: expected --knows prior"
             )

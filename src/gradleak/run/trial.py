@@ -14,15 +14,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from gradleak import data, metrics
+from gradleak import data, metrics, registry
 from gradleak.attacks import attack_all
 from gradleak.attacks import build as build_attack
 from gradleak.attacks.parts.objective import Engine
 from gradleak.attacks.recipe import Recipe
 from gradleak.data import Dataset, Split
+from gradleak.defenses import rebased
 from gradleak.errors import GradleakError, InvalidInput, NotApplicable
+from gradleak.priors import Gaussians
 from gradleak.run.beliefs import believed
+from gradleak.run.ceilings import ceiling
 from gradleak.run.jobs import JobSpec, adaptive, client_of, derive
+from gradleak.run.predictions import floor, predictions
 from gradleak.run.preflight import merged, objective_warnings, preflight
 from gradleak.run.states import broadcast
 from gradleak.run.store import TENSORS
@@ -69,13 +73,16 @@ def run_trial(
     """
     started = time.perf_counter()
     try:
-        trial = _measure(
-            job,
-            dataset or load_data(job.data, job.data_dir),
-            progress=progress or (lambda _: None),
-        )
-    except NotApplicable as reason:
-        trial = Trial(_record(job, state="not_applicable", reason=_line(reason)))
+        dataset = dataset or load_data(job.data, job.data_dir)
+        try:
+            trial = _measure(job, dataset, progress=progress or (lambda _: None))
+        except NotApplicable as reason:
+            trial = Trial(_record(job, state="not_applicable", reason=_line(reason)))
+        try:
+            trial.record["foretold"] = _foretold(job, dataset)
+        except Exception as error:  # what was measured counts nevertheless
+            words = f"{type(error).__name__}: {_line(error)}"
+            trial.record["foretold"] = {"floor": {"why_not": words}}
     except GradleakError as error:
         trial = failed(job, _line(error))
     except Exception as error:  # an attack that breaks must not take the audit with it
@@ -179,7 +186,8 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
     if dataset.fingerprint != job.data_fingerprint:
         raise InvalidInput(f"data {job.data!r} changed while the audit was running")
     division = divide(dataset, job.seed)
-    bank = dataset.batch(division.clients[: job.bank]).inputs
+    candidates = dataset.batch(division.clients[: job.bank])
+    bank = candidates.inputs
     public = dataset.batch(division.public)
     attack = build_attack(job.attack_spec)
     targets = simulate_targets(job, dataset, division)
@@ -248,6 +256,14 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
         "engine": claims[0].engine,
         "warnings": warnings,
         "bank_size": len(bank),
+        "proved": ceiling(
+            targets[0].scenario.mechanism,
+            job.threat,
+            candidates,
+            dataset.spec,
+            batch_size=job.batch_size,
+            guesses=max(len(c.batch) for c in claims),
+        ),
         "tensors": f"{TENSORS}/{job.key}.safetensors",
         "targets": entries,
     }
@@ -267,6 +283,39 @@ def _from_the_truth(
         engine=job.engine or "auto",
         trials_at_once=job.trials_at_once,
     )
+
+
+def _foretold(job: JobSpec, dataset: Dataset) -> dict[str, Any] | None:
+    """The auditor's scores of a job's targets, and the floor of its condition, if asked for."""
+    if job.bounds_file is None:
+        return None
+    prior = believed(Path(job.directory) / job.bounds_file, str(job.bounds_digest), job.device)
+    assert isinstance(prior, Gaussians)
+    targets = simulate_targets(job, dataset, divide(dataset, job.seed))[: len(job.targets)]
+    scored = []
+    for number, target in zip(job.targets, targets, strict=True):
+        client = rebased(target.scenario.mechanism, fixed_order=target.truth.order)
+        scores = predictions(
+            client,
+            target.scenario.state,
+            target.seen.update,
+            target.truth.batch,
+            prior=prior,
+            spec=dataset.spec,
+            generator=torch.Generator().manual_seed(derive(job.seed, "bounds", number)),
+        )
+        scored.append({"target": number, **scores})
+    known: dict[str, Any] = {"targets": scored, "prior": registry.describe(prior.family)}
+    if job.group == 0:
+        known["floor"] = floor(
+            targets[0].scenario.mechanism,
+            targets[0].scenario.state,
+            prior=prior,
+            spec=dataset.spec,
+            batch_size=job.batch_size,
+            generator=torch.Generator().manual_seed(derive(job.seed, "bounds")),
+        )
+    return known
 
 
 def _record(job: JobSpec, *, state: str, reason: str | None) -> dict[str, Any]:
@@ -297,6 +346,8 @@ def _record(job: JobSpec, *, state: str, reason: str | None) -> dict[str, Any]:
         "engine": job.engine or "",
         "warnings": [],
         "bank_size": job.bank,
+        "proved": None,
+        "foretold": None,
         "tensors": None,
         "targets": [],
     }

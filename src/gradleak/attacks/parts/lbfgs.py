@@ -33,6 +33,7 @@ def lbfgs(
     steps: int,
     history: int = 100,
     solved: Sequence[float] | None = None,
+    halving: Sequence[float] = (),
 ) -> Search:
     """Minimise every trial by L-BFGS (Nocedal & Wright, Numerical Optimization, 2006, ch. 7.2).
 
@@ -45,6 +46,8 @@ def lbfgs(
         steps: accepted steps per trial; evaluations are at most 1.5 times that, plus 25.
         history: curvature pairs kept.
         solved: per target, the objective at or below which it counts as solved.
+        halving: shares of `steps`, counted in evaluations, after which every target drops the
+            worse half of the trials that still run.
     """
     best = Best(start)
     tolerance = solved or [-math.inf] * (max(objective.targets) + 1)
@@ -52,6 +55,7 @@ def lbfgs(
     runs = {t: _minimise(flat[t], steps=steps, history=history) for t in range(best.count)}
     wanted = {t: next(run) for t, run in runs.items()}
     rounds = steps + steps // 2 + 25
+    cuts = {math.ceil(share * steps) for share in halving}
     for round_ in range(rounds):
         objective.progress(round_ / rounds)
         trials = list(wanted)
@@ -78,6 +82,9 @@ def lbfgs(
                 best.status[trial] = "solved"
             if target in won:
                 wanted.pop(trial, None)
+        if round_ + 1 in cuts:
+            for trial in best.drop_worse_half(list(wanted), objective.targets):
+                del wanted[trial]
         if not wanted:
             break
     return best.search()

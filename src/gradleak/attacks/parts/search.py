@@ -1,4 +1,4 @@
-"""Searches over all trials at once; a diverged trial is frozen, never its neighbours.
+"""Searches over all trials at once; a trial that diverged or was dropped is frozen, no other.
 
 A search returns, for every trial, the best iterate it *scored*, not the one after it.
 """
@@ -44,6 +44,15 @@ def step_decay(step: int, steps: int) -> float:
     return float(0.1 ** sum(step >= steps * eighths // 8 for eighths in (3, 5, 7)))
 
 
+def halvings(restarts: int) -> tuple[float, ...]:
+    """Shares of the budget, …, 1/4, 1/2, at which halving `restarts` trials leaves one.
+
+    2^k trials cost as much as 1 + k/2 that run to the end (Jamieson & Talwalkar, AISTATS 2016).
+    """
+    rounds = (restarts - 1).bit_length()
+    return tuple(0.5 ** (rounds - r) for r in range(rounds))
+
+
 def adam(
     objective: Objective,
     start: Variables,
@@ -55,6 +64,7 @@ def adam(
     path: Callable[[int, int], Objective] | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     epsilon: float = 1e-8,
+    halving: Sequence[float] = (),
 ) -> Search:
     """Adam (Kingma & Ba, 2015), optionally on the sign of the gradient.
 
@@ -69,6 +79,8 @@ def adam(
             iterate is among those after the last change.
         betas: decay of the first and second moment.
         epsilon: added to the root of the second moment.
+        halving: shares of the steps after which every target drops the worse half of its trials;
+            their values there are of one objective.
     """
     current = {k: v.clone() for k, v in start.items()}
     first = [torch.zeros_like(v) for v in current.values()]
@@ -77,6 +89,7 @@ def adam(
     best = Best(start)
     trials = list(range(best.count))
     present = objective
+    cuts = {math.ceil(share * steps) for share in halving}
     for step in range(steps):
         wanted = path(step, steps) if path else objective
         if wanted is not present:
@@ -85,6 +98,10 @@ def adam(
         rows = current if len(trials) == best.count else {k: v[trials] for k, v in current.items()}
         values, gradients = present.value_and_gradient(rows, trials)
         alive = best.record(rows, values, gradients, trials, keep_every=steps)
+        if step + 1 in cuts:
+            running = [t for t, ok in zip(trials, alive, strict=True) if ok]
+            dropped = best.drop_worse_half(running, objective.targets)
+            alive = [ok and t not in dropped for t, ok in zip(trials, alive, strict=True)]
         if not all(alive):
             keep = [i for i, ok in enumerate(alive) if ok]
             trials = [trials[i] for i in keep]
@@ -93,7 +110,7 @@ def adam(
                 break
         if signed:
             gradients = {k: g.sign() for k, g in gradients.items()}
-        if len(trials) < best.count:  # a diverged trial moves on unseen
+        if len(trials) < best.count:  # a frozen trial moves on unseen
             gradients = {k: _spread(g, trials, best.count) for k, g in gradients.items()}
         adam_step(
             list(current.values()),
@@ -167,6 +184,27 @@ class Best:
             if not ok:
                 self.status[trial] = "diverged"
         return alive
+
+    def drop_worse_half(self, running: Sequence[int], targets: Sequence[int]) -> set[int]:
+        """Give up, of every target's running trials, the half with the higher values, rounded down.
+
+        Of equal values the earlier trial stays. Targets do not influence each other, and each
+        keeps at least one of its running trials.
+
+        Args:
+            running: trials that search on.
+            targets: target of every trial.
+        """
+        dropped: set[int] = set()
+        for target in {targets[t] for t in running}:
+            own = sorted((t for t in running if targets[t] == target), key=self._rank)
+            dropped.update(own[(len(own) + 1) // 2 :])
+        for trial in dropped:
+            self.status[trial] = "dropped"
+        return dropped
+
+    def _rank(self, trial: int) -> tuple[float, int]:
+        return float(self.values[trial]), trial
 
     def search(self) -> Search:
         return Search(self.variables, self.values, self.status, self.evaluations, self.history)

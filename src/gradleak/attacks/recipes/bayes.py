@@ -40,6 +40,8 @@ class Bayes(Recipe):
         fade: of the start of f, σ² being the variance of the protection's noise per coordinate;
             inf does not anneal.
         restarts: independent starts; the posterior chooses.
+        halving: drop the worse half of the restarts after …, 1/4 and 1/2 of the steps, by the
+            objective that they share there.
     """
 
     steps: int = 200
@@ -48,6 +50,7 @@ class Bayes(Recipe):
     total_variation: float = 1.0
     fade: float = 1.0
     restarts: int = 1
+    halving: bool = False
 
     about: ClassVar[About] = About(
         id="bayes",
@@ -107,4 +110,5 @@ class Bayes(Recipe):
                 share=0.5,
                 soft=False,
             ),
+            halving=self.cuts,
         )

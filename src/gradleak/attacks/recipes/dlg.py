@@ -30,11 +30,13 @@ class DLG(Recipe):
     Args:
         steps: accepted L-BFGS steps per restart.
         restarts: independent starts; the objective chooses.
+        halving: drop the worse half of the restarts after …, 1/4 and 1/2 of the steps.
         tolerance: a target is solved at objective ≤ tolerance · ‖u‖².
     """
 
     steps: int = 1200
     restarts: int = 4
+    halving: bool = False
     tolerance: float = 1e-20
 
     about: ClassVar[About] = About(
@@ -52,7 +54,10 @@ class DLG(Recipe):
             "the claim is clamped into the data's bounds at the end",
         ),
     )
-    budgets: ClassVar = {"quick": {"steps": 200, "restarts": 2}, "thorough": {"restarts": 8}}
+    budgets: ClassVar = {
+        "quick": {"steps": 200, "restarts": 2},
+        "thorough": {"restarts": 16, "halving": True},
+    }
 
     def compose(self, seen: Sequence[Observation]) -> Objective:
         return Objective(
@@ -71,4 +76,4 @@ class DLG(Recipe):
     def search(self, objective: Objective, start: Variables) -> Search:
         norms = [objective.fit.norm(t) for t in range(len(objective.fit.received))]
         solved = [self.tolerance * norm**2 for norm in norms]
-        return lbfgs(objective, start, steps=self.steps, solved=solved)
+        return lbfgs(objective, start, steps=self.steps, solved=solved, halving=self.cuts)

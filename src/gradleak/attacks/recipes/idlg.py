@@ -27,6 +27,7 @@ class IDLG(DLG):
     Args:
         steps: accepted L-BFGS steps per restart.
         restarts: independent starts; the objective chooses.
+        halving: drop the worse half of the restarts after …, 1/4 and 1/2 of the steps.
         tolerance: a target is solved at objective ≤ tolerance · ‖u‖².
     """
 

@@ -36,6 +36,7 @@ class InvertingGradients(Recipe):
         total_variation: α.
         batch_norm: weight of the batch-normalisation penalty, used where statistics are granted.
         restarts: independent starts; the objective chooses.
+        halving: drop the worse half of the restarts after …, 1/4 and 1/2 of the steps.
     """
 
     steps: int = 4800
@@ -43,6 +44,7 @@ class InvertingGradients(Recipe):
     total_variation: float = 0.003
     batch_norm: float = 1e-3
     restarts: int = 1
+    halving: bool = False
 
     about: ClassVar[About] = About(
         id="inverting-gradients",
@@ -90,4 +92,11 @@ class InvertingGradients(Recipe):
     def search(self, objective: Objective, start: Variables) -> Search:
         low, high = objective.unknown.spec.bounds
         rate = self.learning_rate * (high - low)
-        return adam(objective, start, steps=self.steps, learning_rate=rate, signed=True)
+        return adam(
+            objective,
+            start,
+            steps=self.steps,
+            learning_rate=rate,
+            signed=True,
+            halving=self.cuts,
+        )

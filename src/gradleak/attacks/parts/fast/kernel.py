@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Pair = tuple[int, int]
+from gradleak.attacks.parts.fast.patches import Pair, Windows
+
+_PATCH_ENTRIES = 200_000
+"""Numbers in the patches of one image up to which they are quicker than oneDNN's convolutions."""
 
 
 class Kernel:
@@ -43,6 +46,25 @@ class Kernel:
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.packs = packs and groups == 1
         self._packs: dict[str, _Packed] = {}
+        self._windows: dict[torch.Size, Windows] = {}
+
+    def windows(self, shape: torch.Size) -> Windows:
+        """Where the kernel lies on images of `shape`."""
+        size = shape[2:]
+        if size not in self._windows:
+            (height, width), (kh, kw) = size, self.weight.shape[2:]
+            self._windows[size] = Windows(
+                (height, width), (kh, kw), self.stride, self.padding, self.dilation
+            )
+        return self._windows[size]
+
+    def patched(self, shape: torch.Size) -> bool:
+        """Whether products with the patches of images of `shape` are cheap."""
+        if self.groups != 1:
+            return False
+        down, across = self.windows(shape).counts
+        _, inner, kh, kw = self.weight.shape
+        return down * across * inner * kh * kw <= _PATCH_ENTRIES
 
     def forward(self, x: Tensor, *, bias: bool) -> Tensor:
         """W ∗ x, plus b where asked."""
@@ -69,9 +91,17 @@ class Kernel:
                         mirrored, d.shape, (1, 1), (reach[0], reach[1]), self.dilation
                     )
                 return self._packs["transposed"](d, None)
+        if self.stride != (1, 1) and self.patched(shape):
+            rows = d.permute(0, 2, 3, 1).flatten(1, 2) @ self._matrix
+            return self.windows(shape).images(rows)
         return input_gradient(
             d, shape, self.weight, self.stride, self.padding, self.dilation, groups=self.groups
         )
+
+    @functools.cached_property
+    def _matrix(self) -> Tensor:
+        """(out, kh · kw · in), as patches are laid out."""
+        return self.weight.permute(0, 2, 3, 1).flatten(1)
 
     def _has(self, direction: str, shape: torch.Size) -> bool:
         known = self._packs.get(direction)

@@ -31,7 +31,7 @@ class Windows:
     padding: Pair
     dilation: Pair
 
-    @property
+    @functools.cached_property
     def counts(self) -> Pair:
         """Positions per side."""
         reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.window, strict=True)]

@@ -6,8 +6,8 @@ rows of x and D that belong to trial t. Every rule gives
     ⟨g_t, G_t⟩ and ‖g_t‖²,
     the gradient of ⟨g_t, v_t⟩ in D, op(x, v_t), and in x, opᵀ(D, v_t), for v_t = a_t g_t + b_t G_t.
 
-In the *formed* variant g_t exists for a moment; in the *Gram* variant only the products of rows of
-x with each other and of rows of D with each other do, which is cheaper where positions are few.
+Where there are many rows, g_t exists for a moment; where there are few, only the products of rows
+of x with each other and of rows of D with each other do.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gradleak.attacks.parts.fast.kernel import Kernel, input_gradient, weight_gradient
-from gradleak.attacks.parts.fast.patches import Windows
 
 _BLOCK = 4096
-_GRAM_POSITIONS = 64
 _GROUPED_CHANNELS = 64
 _CHUNK_CHANNELS = 512
 
@@ -121,6 +119,48 @@ class Rule(ABC):
         """
 
 
+class Rows:
+    """A product z = x Wᵀ of rows, of which those of one trial share one W: g = Dᵀ x.
+
+    Args:
+        x: (trials, n, inner).
+        d: (trials, n, outer).
+        G: (trials, outer, inner).
+
+    Attributes:
+        moments: ⟨g, G⟩ and ‖g‖² of every trial.
+    """
+
+    def __init__(self, x: Tensor, d: Tensor, G: Tensor) -> None:
+        self.x, self.d, self.G = x, d, G
+        rows, inner, outer = x.shape[1], x.shape[2], d.shape[2]
+        self.whole = 2 * rows * (inner + outer) > inner * outer
+        if self.whole:
+            self.g = torch.bmm(d.transpose(1, 2), x)
+            self.moments = inner_products(self.g, G), inner_products(self.g, self.g)
+        else:
+            self.U = torch.bmm(x, G.transpose(1, 2))
+            self.Y = _times(_gram(x), d)
+            self.moments = inner_products(self.U, d), inner_products(self.Y, d)
+
+    def gap(self) -> Tensor:
+        """‖g − G‖² without cancellation."""
+        if self.whole:
+            return ((self.g - self.G) ** 2).flatten(1).sum(1)
+        pairs = zip(self.d, self.x, self.G, strict=True)
+        return torch.stack([((d.T @ x - G) ** 2).sum() for d, x, G in pairs])
+
+    def pull(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of Σ_t ⟨g_t, v_t⟩ at v_t = a_t g_t + b_t G_t, in D and in x; once only."""
+        a, b = a[:, None, None], b[:, None, None]
+        if self.whole:
+            w = torch.addcmul(self.g.mul_(a), self.G, b)
+            return torch.bmm(self.x, w.transpose(1, 2)), torch.bmm(self.d, w)
+        in_x = torch.bmm(b * self.d, self.G)
+        in_x.addcmul_(_times(_gram(self.d), self.x), a)
+        return torch.addcmul(self.Y.mul_(a), self.U, b), in_x
+
+
 class LinearRule(Rule):
     """z = x Wᵀ + c on the last axis; all rows of a trial, images and positions alike, add up."""
 
@@ -134,33 +174,17 @@ class LinearRule(Rule):
 
     def moments(self, d: Tensor) -> tuple[Tensor, Tensor]:
         trials = len(self.received)
-        self.rows = self.x.detach().reshape(trials, -1, self.x.shape[-1])
-        self.d = d.reshape(trials, -1, d.shape[-1])
-        self.G = self.received.stacked(self.names[0])
-        self.formed = {name: self.d.sum(1) for name in self.names[1:]}
-        rows, inner, outer = self.d.shape[1], self.rows.shape[2], self.d.shape[2]
-        self.whole = 2 * rows * (inner + outer) > inner * outer
-        if self.whole:
-            self.g = torch.bmm(self.d.transpose(1, 2), self.rows)
-            return inner_products(self.g, self.G), inner_products(self.g, self.g)
-        self.U = torch.bmm(self.rows, self.G.transpose(1, 2))
-        self.Y = _times(_gram(self.rows), self.d)
-        return inner_products(self.U, self.d), inner_products(self.Y, self.d)
+        rows = self.x.detach().reshape(trials, -1, self.x.shape[-1])
+        d = d.reshape(trials, -1, d.shape[-1])
+        self.formed = {name: d.sum(1) for name in self.names[1:]}
+        self.rows = Rows(rows, d, self.received.stacked(self.names[0]))
+        return self.rows.moments
 
     def gap(self) -> Tensor:
-        g = self.g if self.whole else torch.bmm(self.d.transpose(1, 2), self.rows)
-        return ((g - self.G) ** 2).flatten(1).sum(1)
+        return self.rows.gap()
 
     def pull(self, a: Tensor, b: Tensor, v: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        a, b = a[:, None, None], b[:, None, None]
-        if self.whole:
-            w = torch.addcmul(self.g.mul_(a), self.G, b)
-            in_d = torch.bmm(self.rows, w.transpose(1, 2))
-            in_x = torch.bmm(self.d, w)
-        else:
-            in_d = torch.addcmul(self.Y.mul_(a), self.U, b)
-            in_x = torch.bmm(b * self.d, self.G)
-            in_x.addcmul_(_times(_gram(self.d), self.rows), a)
+        in_d, in_x = self.rows.pull(a, b)
         for c in v.values():
             in_d += c[:, None]
         return in_d.view_as(self.z), in_x.view_as(self.x)
@@ -287,7 +311,7 @@ class FormedConvRule(ConvRule):
 
     def moments(self, d: Tensor) -> tuple[Tensor, Tensor]:
         self.d = d
-        last = self.x.ndim == 4 and not self.x.is_contiguous() and _is_channels_last(self.x)
+        last = self.kernel.groups == 1 and _only_channels_last(self.x)
         self.layout = torch.channels_last if last else torch.contiguous_format
         self.G = self.received.stacked(self.names[0], channels_last=last)
         widest = max(self.kernel.weight.shape[:2])
@@ -352,39 +376,29 @@ class FormedConvRule(ConvRule):
         return self._apart(x, len(w))
 
 
-class GramConvRule(ConvRule):
-    """Weight gradients are never formed: only the patches' products with each other.
-
-    With A the patches of a trial, one row per position: g = Dᵀ A, so that conv(x, g) = A Aᵀ D and
-    conv(x, G) = A Gᵀ, and the transposes sum the rows of D Dᵀ A and D G into the image.
-    """
+class PatchConvRule(ConvRule):
+    """Rows that are patches of the image: W ∗ x is a product of each with W."""
 
     def moments(self, d: Tensor) -> tuple[Tensor, Tensor]:
-        k = self.kernel
-        size, window = _sides(self.x), _sides(k.weight)
-        self.windows = Windows(size, window, k.stride, k.padding, k.dilation)
+        self.windows = self.kernel.windows(self.x.shape)
         G = self.received.stacked(self.names[0], channels_last=True)
-        self.G = G.permute(0, 1, 3, 4, 2).flatten(2)
-        self.rows = self._rows(self.windows.patches(self.x.detach()))
-        self.d = self._rows(d.permute(0, 2, 3, 1).flatten(1, 2))
-        self.U = torch.bmm(self.rows, self.G.transpose(1, 2))
-        self.Y = _times(_gram(self.rows), self.d)
+        self.rows = Rows(
+            self._rows(self.windows.patches(self.x.detach())),
+            self._rows(d.permute(0, 2, 3, 1).flatten(1, 2)),
+            G.permute(0, 1, 3, 4, 2).flatten(2),
+        )
         self._form_bias(d)
-        return inner_products(self.U, self.d), inner_products(self.Y, self.d)
+        return self.rows.moments
 
     def gap(self) -> Tensor:
-        pairs = zip(self.d, self.rows, self.G, strict=True)
-        return torch.stack([((d.T @ rows - G) ** 2).sum() for d, rows, G in pairs])
+        return self.rows.gap()
 
     def pull(self, a: Tensor, b: Tensor, v: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        a, b = a[:, None, None], b[:, None, None]
+        in_d, in_x = self.rows.pull(a, b)
         images = len(self.x)
-        in_d = torch.addcmul(self.Y.mul_(a), self.U, b).view(images, *self.windows.counts, -1)
-        in_d = in_d.permute(0, 3, 1, 2)
-        self._add_bias_pull_(in_d, v)
-        in_x = torch.bmm(b * self.d, self.G)
-        in_x.addcmul_(_times(_gram(self.d), self.rows), a)
-        return in_d, self.windows.images(in_x.view(images, -1, in_x.shape[2]))
+        maps = in_d.view(images, *self.windows.counts, -1).permute(0, 3, 1, 2)
+        self._add_bias_pull_(maps, v)
+        return maps, self.windows.images(in_x.view(images, -1, in_x.shape[2]))
 
     def _rows(self, values: Tensor) -> Tensor:
         """(trials·b, P, K) to (trials, b·P, K)."""
@@ -392,17 +406,9 @@ class GramConvRule(ConvRule):
 
 
 def conv_rule(x: Tensor, kernel: Kernel, names: Sequence[str], received: Received) -> ConvRule:
-    """Gram form where a trial has few positions and many patch entries, else formed."""
-    images = x.shape[0] // len(received)
-    sides = zip(x.shape[2:], kernel.stride, strict=True)
-    positions = images
-    for side, stride in sides:
-        positions *= -(-side // stride)
-    out, inner, *window = kernel.weight.shape
-    entries = inner * window[0] * window[1]
-    small = positions <= _GRAM_POSITIONS and out >= 256 and entries >= 8 * positions
-    small = small and kernel.groups == 1
-    return (GramConvRule if small else FormedConvRule)(x, kernel, names, received)
+    """Patches where they are few and small, else convolutions with the weight gradient."""
+    small = kernel.patched(x.shape)
+    return (PatchConvRule if small else FormedConvRule)(x, kernel, names, received)
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
@@ -432,13 +438,9 @@ def _per_image(values: Tensor, images: int) -> Tensor:
     return values.repeat_interleave(each, 0) if each > 1 else values
 
 
-def _sides(images: Tensor) -> tuple[int, int]:
-    height, width = images.shape[2:]
-    return height, width
-
-
-def _is_channels_last(images: Tensor) -> bool:
-    return images.is_contiguous(memory_format=torch.channels_last)
+def _only_channels_last(images: Tensor) -> bool:
+    last = images.is_contiguous(memory_format=torch.channels_last)
+    return last and not images.is_contiguous()
 
 
 def along(values: Tensor, like: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from gradleak.attacks.parts.fast.kernel import Kernel, Pair
+from gradleak.attacks.parts.fast.kernel import Kernel
+from gradleak.attacks.parts.fast.patches import Pair
 from gradleak.attacks.parts.fast.rules import (
     LinearRule,
     Received,

@@ -1,0 +1,171 @@
+"""Ceilings: which clients have one, and whether the audit's check finds planted faults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gradleak as gl
+from gradleak import data
+from gradleak.cli import run
+from gradleak.defenses import Clip, GaussianNoise, build
+from gradleak.metrics import gaussian_ceiling
+from gradleak.report import html
+from gradleak.run import trial
+from gradleak.run.ceilings import ceiling, private
+from gradleak.run.trial import divide
+from gradleak.threat import ThreatModel
+from gradleak.types import Batch, Fact, Observation, Reconstruction
+from tests.laws.small import SPEC, batch_of
+
+PRIVATE = {
+    "clip:norm=2+gaussian-noise:std=1": (0.5, False),
+    "clip:norm=2,scope=example+gaussian-noise:std=1": (2.0, True),  # sensitivity 2/4
+    "clip:norm=2,scope=example+gaussian-noise:std=1,scope=example": (1.0, True),  # std 1/√4
+    "top-k:fraction=0.5+clip:norm=2+gaussian-noise:std=1+sign": (0.5, False),
+    "clip:norm=2+gaussian-noise:std=1+gaussian-noise:std=5": (0.5, False),
+    "soteria+clip:norm=2+gaussian-noise:std=1+round:step=0.1": (0.5, False),
+}
+WITHOUT = {
+    "none": "there is no protection",
+    "clip:norm=1": "nothing is proved without noise",
+    "top-k": "nothing is proved without noise",
+    "gaussian-noise:std=1": "noise without clipping has no ceiling",
+    "clip:norm=1+laplace-noise:std=1": "Laplace noise gives no ceiling",
+    "gaussian-noise:std=1+clip:norm=1": "does not follow directly",
+    "clip:norm=1+top-k+gaussian-noise:std=1": "does not follow directly",
+    "clip:norm=1+gaussian-noise:std=1+soteria": "nothing is proved without noise",
+}
+
+
+@pytest.mark.parametrize("spec", PRIVATE)
+def test_the_noise_multiplier_is_read_off_the_protections(spec: str) -> None:
+    assert private(build(spec)(gl.FedSGD()), batch_size=4) == pytest.approx(PRIVATE[spec])
+
+
+@pytest.mark.parametrize("spec", WITHOUT)
+def test_other_clients_have_no_ceiling_and_it_says_why(spec: str) -> None:
+    found = private(build(spec)(gl.FedSGD()), batch_size=4)
+    assert isinstance(found, str)
+    assert WITHOUT[spec] in found
+
+
+def of_batch(spec: str, *facts: Fact, size: int = 2) -> dict[str, Any]:
+    threat = ThreatModel(frozenset({Fact.MECHANISM, *facts}))
+    client, bank = build(spec)(gl.FedSGD()), batch_of(9)
+    return ceiling(client, threat, bank, SPEC, batch_size=size, guesses=size)
+
+
+def test_the_ceiling_stands_on_the_best_guess() -> None:
+    by_update = of_batch("clip:norm=1+gaussian-noise:std=1")
+    assert by_update["kappa"] == pytest.approx(2 / 9)
+    assert by_update["identified"] == gaussian_ceiling(by_update["kappa"], noise_multiplier=1)
+    assert by_update["risk"][0] == 1.0, "every image is within 0 dB of some guess"
+    assert by_update["risk"][60] == pytest.approx(by_update["identified"])
+    assert all(a >= b for a, b in zip(by_update["risk"], by_update["risk"][1:]))
+    by_example = of_batch("clip:norm=1,scope=example+gaussian-noise:std=1")
+    assert by_example["kappa"] == pytest.approx(2 / 8), "the other example may be known"
+    assert of_batch("clip:norm=1+gaussian-noise:std=1", Fact.LABELS, size=1)[
+        "kappa"
+    ] == pytest.approx(len(batch_of(9).labels.unique()) / 9)
+
+
+def test_statistics_beside_the_update_void_the_ceiling() -> None:
+    found = of_batch("clip:norm=1+gaussian-noise:std=1", Fact.BN_STATISTICS)
+    assert "batch-normalisation statistics" in found["why_not"]
+
+
+N, CLIP, MULTIPLIER = 24, 0.1, 0.5
+
+
+def informed(candidates: Batch) -> Callable[..., list[Reconstruction]]:
+    """The adversary of the theorem: he has the bank, and names the likeliest candidate."""
+
+    def attack_all(_: object, seen: Sequence[Observation], **__: object) -> list[Reconstruction]:
+        client, state = seen[0].mechanism, seen[0].state
+
+        def mean(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+            return dict(client.mean(state, Batch(x[None], y[None])).values)
+
+        with torch.no_grad():
+            means = torch.func.vmap(mean)(candidates.inputs, candidates.labels)
+        rows = torch.cat([v.flatten(1) for v in means.values()], 1)
+        claims = []
+        for one in seen:
+            update = torch.cat([one.update.values[k].flatten() for k in means])
+            best = int((rows - update).square().sum(1).argmin())
+            batch = Batch(candidates.inputs[[best]], candidates.labels[[best]])
+            claims.append(Reconstruction(batch, 0.0, "exhausted", evaluations=1))
+        return claims
+
+    return attack_all
+
+
+def audited(out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    digits = data.load("digits")
+    bank = digits.batch(divide(digits, 0).clients[:100])
+    monkeypatch.setattr(trial, "attack_all", informed(bank))
+    monkeypatch.setattr(html, "render", lambda directory: directory)
+    report = gl.audit(
+        data="digits",
+        model="mlp",
+        attacks="linear-layer",
+        defenses=f"clip:norm={CLIP}+gaussian-noise:std={MULTIPLIER * CLIP}",
+        targets=N,
+        workers=0,
+        out=out,
+    )
+    return report.findings[1]
+
+
+def test_the_strongest_adversary_of_an_honest_client_breaks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H0: success ≤ ceiling; n = 24 clients, one-sided alpha = 0.001."""
+    finding = audited(tmp_path, monkeypatch)
+    (limit,) = finding["limits"]
+    assert limit["limit"] == pytest.approx(
+        gaussian_ceiling(0.01, noise_multiplier=MULTIPLIER), rel=1e-6
+    )
+    assert limit["demonstrated"]["value"] > 0, "the adversary is no straw man"
+    assert limit["proved"]
+    assert not limit["broken"]
+    assert finding["violations"] == []
+
+
+@pytest.mark.parametrize("fault", ["noise", "clipping"])
+def test_a_planted_fault_is_found(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fifth of the noise, or no clipping, while the protections claim both; n = 24."""
+    if fault == "noise":
+        draw = GaussianNoise.draw
+        monkeypatch.setattr(GaussianNoise, "draw", lambda *given: draw(*given) / 5)
+    else:
+        monkeypatch.setattr(Clip, "map", lambda _, values: dict(values))
+    finding = audited(tmp_path, monkeypatch)
+    assert len(finding["violations"]) == 1
+    assert "noise or clipping is not what it claims" in finding["violations"][0]
+
+
+def test_a_broken_limit_is_an_error_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Noise that is claimed and not added: the closed form names 8 clients of 8."""
+    monkeypatch.setattr(GaussianNoise, "draw", lambda _, like, __: torch.zeros_like(like))
+    audit = [
+        "audit", "--data", "digits", "--model", "mlp", "--attack", "linear-layer", "--workers", "0",
+        "--defense", "clip:norm=1+gaussian-noise:std=1", "--quiet", "--out", str(tmp_path),
+    ]  # fmt: skip
+    assert run(audit) == 3
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: digits/mlp/init/fedsgd-b1/clip:norm=1+gaussian-noise")
+    assert captured.err.count("\n") == 1
+    assert "100% (≤ 9%)" in captured.out
+    assert "ERROR" in captured.out
+    assert "broken-limit" in (tmp_path / "report.html").read_text()
+    assert run([*audit, "--fail-on", "psnr_db>20"]) == 1
