@@ -106,7 +106,7 @@ def test_failures_on_a_trained_network_were_the_searches_own(tmp_path: Path) -> 
         defenses="gaussian-noise:std=0.01",
         knows="labels,prior",
         targets=100,
-        budget="standard",
+        budget="quick",
         seed=0,
         workers=0,
         out=tmp_path,
@@ -126,7 +126,7 @@ def test_failures_on_a_trained_network_were_the_searches_own(tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", [1, 2, 3])
 def test_a_secret_mask_costs_about_a_decibel_and_a_half(mask: int) -> None:
-    """n = 100 targets per mask, paired; what it costs is the mixture's fault, not the search's."""
+    """n = 100 targets per mask, paired; no search ends above the truth, whatever it costs."""
     known, images = digits_from_the_prior(build(MASKED.replace("seed=1", f"seed={mask}")), 100)
     blind = [replace(o, mechanism=build(SECRET)) for o in known]
     attack = Posterior(restarts=1, steps=200)

@@ -38,7 +38,7 @@ class Bayes(Recipe):
         decay: of the rate at every step.
         total_variation: w, on Σ (∂x)² with wrap-around.
         fade: of the start of f, σ² being the variance of the protection's noise per coordinate;
-            inf does not anneal.
+            a very large one does not anneal.
         restarts: independent starts; the posterior chooses.
         halving: drop the worse half of the restarts after …, 1/4 and 1/2 of the steps, by the
             objective that they share there.
