@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -286,12 +286,14 @@ class Faded(Toy):
 def test_trials_are_compared_at_one_factor(share: float, kept: int) -> None:
     """Values 1 and 2.1 at factor 0.1, then 10 and 3 at factor 1: the first trial's 1 is past."""
     start = {"x": torch.tensor([[10.0, 0.0], [1.0, 2.0]], dtype=torch.float64)}
+    whole = Faded(rosenbrock, (0, 0), Free())
+    faded = replace(whole, fit_weight=0.1)
     found = adam(
-        Faded(rosenbrock, (0, 0), Free()),  # type: ignore[arg-type]
+        whole,  # type: ignore[arg-type]
         start,
         steps=10,
         learning_rate=0.1,
-        annealing=lambda step, steps: 0.1 if step < 5 else 1.0,
+        path=lambda step, steps: faded if step < 5 else whole,  # type: ignore[arg-type,return-value]
         halving=(share,),
     )
     assert survivors(found) == [kept]

@@ -57,6 +57,10 @@ class AdditiveNoise(ABC):
     def log_cdf(self, x: Tensor) -> Tensor:
         """Log-probability of noise below x at every coordinate, in nats."""
 
+    def widened(self, factor: float) -> Self:
+        """The same law, `factor` times as wide."""
+        return replace(self, std=factor * self.std)
+
     def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
         n = sum(v.numel() for v in after.values.values())
         measured = norm(difference(after, before)) / math.sqrt(n)

@@ -6,8 +6,8 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ class Noise(Protocol):
         """Log-probability of noise below x at every coordinate, in nats, exact in the tails."""
         ...
 
+    def widened(self, factor: float) -> Self:
+        """The same law, `factor` times as wide."""
+        ...
+
 
 class Separable(ABC):
     """A density under which coordinates of the update are independent, given the centre."""
@@ -56,6 +60,15 @@ class Separable(ABC):
         self, centre: Mapping[str, Tensor], update: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Log-density of every coordinate, in nats, shaped as the update."""
+
+    def widened(self, factor: float) -> Self | None:
+        """The same density with all its noise `factor` times as wide; None if it has none."""
+        found = {}
+        for field in fields(self):  # type: ignore[arg-type]  # all of them are dataclasses
+            part = getattr(self, field.name)
+            if hasattr(part, "widened") and (wide := part.widened(factor)) is not None:
+                found[field.name] = wide
+        return replace(self, **found) if found else None  # type: ignore[type-var]
 
     def __call__(self, centre: Mapping[str, Tensor], update: Mapping[str, Tensor]) -> Tensor:
         return -torch.stack([t.sum() for t in self.terms(centre, update).values()]).sum()

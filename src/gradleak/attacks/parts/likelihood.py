@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,8 @@ from gradleak.attacks.parts.client import plain_client
 from gradleak.attacks.parts.distances import Distance, l1, squared_l2
 from gradleak.attacks.parts.matching import Matching
 from gradleak.defenses import GaussianNoise, LaplaceNoise, NoDefense, Wrapped
-from gradleak.defenses.wrapped import Around
+from gradleak.defenses.noise import AdditiveNoise
+from gradleak.defenses.wrapped import Around, Separable
 from gradleak.errors import IntractableLikelihood
 from gradleak.types import Batch, Density, ModelState, Observation, Update
 
@@ -48,6 +49,25 @@ def data_term(seen: Sequence[Observation], *, dtype: torch.dtype) -> DataTerm:
     client = plain_client(known.centre) or _Centre(known.centre, NoDefense())
     fit = Matching(seen, distance, dtype=dtype).through(first.state, mechanism=client)
     return DataTerm(fit, weight)
+
+
+def noise_variance(seen: Observation) -> float:
+    """Variance of the noise on what the client computes; of the update where that is not known.
+
+    Signs of a noisy update, say, vary in other units than the noise does.
+    """
+    try:
+        known = seen.mechanism.likelihood(batch_size=seen.knowledge.batch_size or 1)
+    except IntractableLikelihood:
+        return variance(seen)
+    stds = list(_stds(known.density))
+    return min(stds) ** 2 if stds else variance(seen)
+
+
+def _stds(density: Density) -> Iterator[float]:
+    if isinstance(density, Separable):
+        for part in vars(density).values():
+            yield from [part.std] if isinstance(part, AdditiveNoise) else _stds(part)
 
 
 def variance(seen: Observation) -> float:

@@ -63,6 +63,12 @@ class Matching:
             other.__dict__.pop(name, None)
         return other
 
+    def comparing(self, distance: Distance) -> Matching:
+        """The same updates matched by another distance."""
+        other = self.through(self.state)
+        other.distance = distance
+        return other
+
     @property
     def parameters(self) -> int:
         """Number of coordinates of an update."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -44,16 +44,6 @@ def step_decay(step: int, steps: int) -> float:
     return float(0.1 ** sum(step >= steps * eighths // 8 for eighths in (3, 5, 7)))
 
 
-def fading_in(first: float) -> Callable[[int, int], float]:
-    """A factor that grows geometrically from min(first, 1) to 1 over the first half of a search."""
-    start = min(first, 1.0)
-    return lambda step, steps: float(start ** max(0.0, 1 - step / max(1, steps // 2)))
-
-
-def _unannealed(step: int, steps: int) -> float:
-    return 1.0
-
-
 def halvings(restarts: int) -> tuple[float, ...]:
     """Shares of the budget, …, 1/4, 1/2, at which halving `restarts` trials leaves one.
 
@@ -71,7 +61,7 @@ def adam(
     learning_rate: float,
     signed: bool = False,
     schedule: Callable[[int, int], float] = step_decay,
-    annealing: Callable[[int, int], float] = _unannealed,
+    path: Callable[[int, int], Objective] | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     epsilon: float = 1e-8,
     halving: Sequence[float] = (),
@@ -85,12 +75,12 @@ def adam(
         learning_rate: step length before decay, in units of the variables.
         signed: replace the gradient by its sign before Adam sees it.
         schedule: (step, steps) -> factor on the learning rate.
-        annealing: (step, steps) -> factor on the weight of the fit. Iterates are scored by the
-            objective of the last factor, so the best one is among those of that factor.
+        path: (step, steps) -> what is minimised at that step, `objective` in the end. The best
+            iterate is among those after the last change.
         betas: decay of the first and second moment.
         epsilon: added to the root of the second moment.
         halving: shares of the steps after which every target drops the worse half of its trials;
-            their values there are of one factor.
+            their values there are of one objective.
     """
     current = {k: v.clone() for k, v in start.items()}
     first = [torch.zeros_like(v) for v in current.values()]
@@ -98,17 +88,15 @@ def adam(
     counts = [torch.zeros((), device=v.device) for v in current.values()]
     best = Best(start)
     trials = list(range(best.count))
+    present = objective
     cuts = {math.ceil(share * steps) for share in halving}
-    factor = 1.0
     for step in range(steps):
-        if annealing(step, steps) != factor:
-            factor = annealing(step, steps)
+        wanted = path(step, steps) if path else objective
+        if wanted is not present:
+            present = wanted
             best.values.fill_(math.inf)
-        annealed = objective
-        if factor != 1:
-            annealed = replace(objective, fit_weight=factor * objective.fit_weight)
         rows = current if len(trials) == best.count else {k: v[trials] for k, v in current.items()}
-        values, gradients = annealed.value_and_gradient(rows, trials)
+        values, gradients = present.value_and_gradient(rows, trials)
         alive = best.record(rows, values, gradients, trials, keep_every=steps)
         if step + 1 in cuts:
             running = [t for t, ok in zip(trials, alive, strict=True) if ok]

@@ -9,6 +9,7 @@ of the network under the same names, and tends to the network as β grows.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -164,6 +165,16 @@ def at_beta(network: nn.Module, beta: float) -> nn.Module:
         if isinstance(layer, Smooth):
             layer.beta = beta
     return clone
+
+
+def divide_outputs(network: nn.Module, by: float) -> None:
+    """Divide what a traced network returns, in place; one that could not be traced stays."""
+    if not isinstance(network, fx.GraphModule):
+        return
+    (end,) = (node for node in network.graph.nodes if node.op == "output")
+    with network.graph.inserting_before(end):
+        end.args = (network.graph.call_function(operator.truediv, (end.args[0], by)),)
+    network.recompile()
 
 
 def natural_like(data: DataSpec, count: int) -> Tensor:

@@ -8,11 +8,12 @@ from typing import ClassVar
 
 import torch
 
+from gradleak.attacks.parts.annealing import annealed
 from gradleak.attacks.parts.known_labels import known_or_recovered
-from gradleak.attacks.parts.likelihood import DataTerm, data_term, variance
+from gradleak.attacks.parts.likelihood import DataTerm, data_term, noise_variance
 from gradleak.attacks.parts.objective import Objective
 from gradleak.attacks.parts.penalties import wrapped_variation
-from gradleak.attacks.parts.search import Search, adam, fading_in
+from gradleak.attacks.parts.search import Search, adam
 from gradleak.attacks.parts.unknowns import Images, Variables
 from gradleak.attacks.recipe import Recipe
 from gradleak.types import About, Fact, Observation
@@ -28,7 +29,7 @@ class Bayes(Recipe):
 
         x ~ N(0, 1) per pixel
         for t < steps: Adam step of rate · decay^t on −f_t log p(u | x) + w · TV(x), where f_t grows
-            geometrically from min(fade · σ², 1) to 1 over the first half
+            geometrically from min(fade · σ², 1) to 1 over the first half, in stages
         keep the iterate with the lowest objective
 
     Args:
@@ -36,7 +37,8 @@ class Bayes(Recipe):
         learning_rate: Adam's first step.
         decay: of the rate at every step.
         total_variation: w, on Σ (∂x)² with wrap-around.
-        fade: of the start of f, σ² being the protection's variance per coordinate.
+        fade: of the start of f, σ² being the variance of the protection's noise per coordinate;
+            a very large one does not anneal.
         restarts: independent starts; the posterior chooses.
         halving: drop the worse half of the restarts after …, 1/4 and 1/2 of the steps, by the
             objective that they share there.
@@ -63,6 +65,8 @@ class Bayes(Recipe):
             "the published search evaluates the ball's centre alone, so this is the maximum a "
             "posteriori; so does ours",
             "weights are the caller's: the published ones were tuned on the truth",
+            "log-likelihoods that are no norms of a residual are not scaled by f: their noise is "
+            "widened by 1/√f, which is the same for Gaussian noise",
             "an update without noise counts as Gaussian of a thousandth of its size",
             "where a protection has no density: its mean, and the variance it shows when played",
             "the best iterate by the whole objective is kept (published: the last)",
@@ -100,6 +104,11 @@ class Bayes(Recipe):
             steps=self.steps,
             learning_rate=self.learning_rate,
             schedule=lambda step, steps: self.decay**step,
-            annealing=fading_in(self.fade * variance(objective.fit.seen[0])),
+            path=annealed(
+                objective,
+                first=self.fade * noise_variance(objective.fit.seen[0]),
+                share=0.5,
+                soft=False,
+            ),
             halving=self.cuts,
         )
