@@ -154,6 +154,14 @@ def test_an_attack_that_does_not_apply(tmp_path: Path) -> None:
     assert "batch_size" in report.findings[0]["reason"]
 
 
+def test_a_protection_that_does_not_apply_to_the_network(tmp_path: Path) -> None:
+    report = gl.audit(**SMALL | {"attacks": "dlg:steps=2", "defenses": ["precode"]}, out=tmp_path)
+    assert {f["defense"]: f["state"] for f in report.findings} == {
+        "none": "measured",
+        "precode": "not_applicable",
+    }
+
+
 def test_training_stages_and_batches(tmp_path: Path) -> None:
     arguments = SMALL | {"stage": ["init", "3"], "batch_size": [1, 2], "targets": 1}
     report = gl.audit(**arguments | {"attacks": "linear-layer", "defenses": []}, out=tmp_path)

@@ -133,8 +133,8 @@ def settle_engine(job: JobSpec) -> Engine:
     if not isinstance(attack, Recipe):
         return "loop"
     dataset = load_data(job.data, job.data_dir)
-    targets = simulate_targets(job, dataset, divide(dataset, job.seed))
     try:
+        targets = simulate_targets(job, dataset, divide(dataset, job.seed))
         return attack.settle_engine([t.seen for t in targets], trials_at_once=job.trials_at_once)
     except Exception:  # the trial itself will say what is wrong
         return "loop"

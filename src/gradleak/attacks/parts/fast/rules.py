@@ -391,8 +391,9 @@ class PatchConvRule(ConvRule):
         self.windows = self.kernel.windows(self.x.shape)
         x = self._rows(self.windows.patches(self.x.detach()))
         rows = self._rows(d.permute(0, 2, 3, 1).flatten(1, 2))
-        # Patches and weights run in different orders; what is smaller is turned to the other's.
-        self.turned = not many(x, rows)
+        # Patches and weights run in different orders. Large weights stay as they are, unless images
+        # lie channels-last, where all weights are turned to that, once.
+        self.turned = not many(x, rows) and not _only_channels_last(self.x)
         if self.turned:
             x = x.view(*x.shape[:2], *self.windows.window, -1).permute(0, 1, 4, 2, 3).flatten(2)
         self.rows = Rows(x, rows, self._received())
