@@ -91,7 +91,9 @@ def observations(case: Case, targets: Sequence[int], knows: Sequence[str]) -> li
     for target in targets:
         batch = case.batch(target)
         exchange = Exchange(state, Update(case.gradient(target), "gradient"))
-        truth = Truth(batch, bn_statistics=batch_norm_statistics(state, batch.inputs))
+        truth = Truth(
+            batch, trained_on=batch, bn_statistics=batch_norm_statistics(state, batch.inputs)
+        )
         seen.append(threat.grant(truth, (exchange,), FedSGD(), case.spec))
     return seen
 
