@@ -19,6 +19,7 @@ lint: $(VENV)/.dev ## style, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	cd benchmarks && $(abspath $(BIN))/mypy --config-file ../pyproject.toml *.py
 	$(BIN)/lint-imports
 
 format: $(VENV)/.dev ## rewrite the code in the house style
@@ -27,6 +28,7 @@ format: $(VENV)/.dev ## rewrite the code in the house style
 
 types: $(VENV)/.dev ## check the types alone
 	$(BIN)/mypy
+	cd benchmarks && $(abspath $(BIN))/mypy --config-file ../pyproject.toml *.py
 
 docs: $(VENV)/.dev ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -26,7 +26,8 @@ class Block(nn.Module):
         )
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         tokens = tokens + self.out(mixed)
-        return tokens + self.narrow(F.gelu(self.wide(self.between(tokens))))
+        wide: Tensor = self.narrow(F.gelu(self.wide(self.between(tokens))))
+        return tokens + wide
 
 
 class VisionTransformer(nn.Module):
@@ -48,7 +49,8 @@ class VisionTransformer(nn.Module):
         patches = self.patches(images).flatten(2).transpose(1, 2)
         token = self.token.expand(len(images), -1, -1)
         tokens = torch.cat([token, patches], 1) + self.positions
-        return self.head(self.norm(self.blocks(tokens)[:, 0]))
+        logits: Tensor = self.head(self.norm(self.blocks(tokens)[:, 0]))
+        return logits
 
 
 def small(spec: DataSpec) -> nn.Module:

@@ -104,7 +104,7 @@ class _Size:
 
 
 _SIZES = {
-    "quick": _Size(("mnist",), targets=6, oracle=0, trained=0, group=6, settings=4, images=2),
+    "quick": _Size(("mnist",), targets=6, oracle=0, trained=0, group=6, settings=6, images=2),
     "full": _Size(tuple(DATA), targets=100, oracle=20, trained=20, group=20),
 }
 
@@ -134,7 +134,7 @@ class BayesTable(Reproduction):
     deviations = (
         "100 steps instead of 200; the published decay of 0.94 shortens the later hundred to "
         "below 0.3 % of the first step",
-        "8 settings per attacker instead of about 500 (quick budget: 5), tried on 4 images (2), "
+        "8 settings per attacker instead of about 500 (quick budget: 6), tried on 4 images (2), "
         "public ones unless called oracle",
         "noise is independent in every tensor; the published code reuses one stream for all",
         "one weight stands for the published two of data and prior: Adam ignores their common "
