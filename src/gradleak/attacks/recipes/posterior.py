@@ -23,6 +23,9 @@ from gradleak.priors import TotalVariation
 from gradleak.seeding import child, normal
 from gradleak.types import About, Batch, Fact, Observation, Prior
 
+_CLOSE = (0.01, 0.03, 0.1)
+"""First steps of searches that begin near the end, one after the other, of the usual first step."""
+
 
 @dataclass(frozen=True)
 class Posterior(Recipe):
@@ -149,9 +152,14 @@ class Posterior(Recipe):
         return self._estimated(objective, self._descend(objective, start, path))
 
     def refine(self, objective: Objective, start: Variables) -> Search:
-        # Long steps cross kinks of a ReLU network, where its gradient jumps, and never come back.
-        close = replace(self, learning_rate=self.learning_rate / 100)
-        return close._estimated(objective, close._descend(objective, start, None))
+        # Long steps cross kinks of a ReLU network and may never come back; short ones get nowhere.
+        steps, spent = max(1, self.steps // len(_CLOSE)), [0] * len(start["inputs"])
+        for share in _CLOSE:
+            close = replace(self, learning_rate=share * self.learning_rate, steps=steps)
+            found = close._descend(objective, start, None)
+            start = found.variables
+            spent = [s + e for s, e in zip(spent, found.evaluations, strict=True)]
+        return self._estimated(objective, replace(found, evaluations=spent))
 
     def _descend(self, objective: Objective, start: Variables, path: Path | None) -> Search:
         low, high = objective.unknown.spec.bounds
