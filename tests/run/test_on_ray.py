@@ -228,7 +228,7 @@ def test_a_local_ray_finds_what_one_process_finds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert findings(out) == findings(calm)
     assert {line.split()[0] for line in done.stderr.splitlines()} <= {
-        "loading", "connecting", "attacking:", "measuring", "writing",
+        "loading", "plan:", "connecting", "attacking:", "measuring", "writing",
     }  # fmt: skip
 
 
