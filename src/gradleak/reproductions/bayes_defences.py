@@ -263,11 +263,12 @@ def attacked(
         stream = torch.Generator().manual_seed(derive(cell["seed"], "client", number))
         plays.append(simulate(scenario, generator=stream))
     steps, stages = cell["path"]
-    attack = {
+    attacks: dict[str, Attack] = {
         _FOLLOW: Continuation(steps=steps, stages=stages),
         _INVERT: InvertingGradients(steps=cell["steps"]),
         _DIVIDE: LinearLayer(),
-    }[cell["attack"]]
+    }
+    attack = attacks[cell["attack"]]
     observations = [observation for observation, _ in plays]
     claims = attack_all(
         attack,
