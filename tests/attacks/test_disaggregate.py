@@ -12,7 +12,7 @@ import gradleak as gl
 from gradleak.attacks.closed_form.disaggregate import Separated, disaggregate
 from gradleak.attacks.parts.labels import sign_counts
 from gradleak.data import load
-from gradleak.defenses import GaussianNoise
+from gradleak.defenses import ATS, GaussianNoise, Soteria
 from gradleak.mechanisms import FedAvg, FedSGD
 from gradleak.models import build
 from gradleak.types import Mechanism, ModelState, Observation
@@ -177,13 +177,23 @@ def test_no_solution_with_as_many_examples_as_classes(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "mechanism",
-    [FedAvg(steps=2, learning_rate=0.1), GaussianNoise(0.01)(FedSGD())],
-    ids=["fedavg", "noise"],
+    ("mechanism", "why"),
+    [
+        (FedAvg(steps=2, learning_rate=0.1), "plain gradient"),
+        (Soteria(50)(FedSGD()), "plain gradient"),
+        (GaussianNoise(0.01)(FedSGD()), "directions repeat"),
+    ],
+    ids=["fedavg", "soteria", "noise"],
 )
-def test_no_solution_for_anything_but_one_plain_gradient(mechanism: Mechanism) -> None:
+def test_no_solution_for_anything_but_one_plain_gradient(mechanism: Mechanism, why: str) -> None:
     seen, *_ = seen_batch(repeated(2), mechanism=mechanism)
-    assert "plain gradient" in str(disaggregate(seen))
+    assert why in str(disaggregate(seen))
+
+
+def test_a_protection_that_leaves_the_gradient_plain_is_looked_through() -> None:
+    """What the client trained on is what separates, transformed or not."""
+    seen, *_ = seen_batch(repeated(2), mechanism=ATS()(FedSGD()))
+    assert isinstance(disaggregate(seen), Separated)
 
 
 def test_no_solution_for_a_zero_or_a_non_finite_gradient() -> None:

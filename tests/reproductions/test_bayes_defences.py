@@ -16,7 +16,7 @@ from gradleak.reproductions.running import reproduce
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     digits = data.load("digits")
     monkeypatch.setattr(bayes_defences, "available", lambda name, data_dir: ("digits", digits))
-    size = _Size("cifar10", (0, 3), targets=2, steps=4, group=2)
+    size = _Size("cifar10", (0, 3), targets=2, steps=4, path=(4, 2), group=2)
     monkeypatch.setitem(bayes_defences._SIZES, "quick", size)
 
 
@@ -33,7 +33,9 @@ def outcome(cell: Cell) -> dict[str, object]:
     elif content["spec"] == "precode":
         right = 160.0
     scores = {"trained on": right, "original": min(right, 9.0), "class mean": 12.0}
-    return {"psnr_db": {name: [x, x + 0.1] for name, x in scores.items()}}
+    psnr = {name: [x, x + 0.1] for name, x in scores.items()}
+    unchanged = content["stage"] == 3 and content["spec"] != bayes_defences._ATS
+    return {"psnr_db": psnr, "unchanged": [False, unchanged]}
 
 
 def test_every_attack_is_planned_once_and_every_row_has_its_stage(tiny: None) -> None:
@@ -55,6 +57,9 @@ def test_every_attack_is_planned_once_and_every_row_has_its_stage(tiny: None) ->
     soteria = named["digits, Soteria 80 % / adaptive − undefended, step 0"]
     assert soteria.note.startswith("not within 3 dB")
     assert "digits stands in for cifar10" in soteria.note
+    idle = "1 updates left the client unprotected"
+    for line, step, told in (("unaware", 3, True), ("unaware", 0, False), ("adaptive", 3, False)):
+        assert (idle in named[f"digits, Soteria 80 % / {line}, step {step}"].note) is told
     assert {row.curve for row in rows if row.curve and row.curve[0] == "adaptive"} == {
         ("adaptive", "0"),
         ("adaptive", "3"),
@@ -102,8 +107,8 @@ def test_it_runs_from_end_to_end(tiny: None, tmp_path: Path) -> None:
 def test_a_transformed_image_is_scored_twice(tiny: None) -> None:
     digits = data.load("digits")
     cell = {
-        "data": "digits", "fingerprint": digits.fingerprint, "steps": 3, "seed": 0, "stage": 0,
-        "group": [0, 2], "network": "convnet", "attack": "inverting-gradients", "aware": True,
+        "data": "digits", "fingerprint": digits.fingerprint, "steps": 3, "path": [3, 1], "seed": 0,
+        "stage": 0, "group": [0, 2], "network": "convnet", "attack": "continuation", "aware": True,
     }  # fmt: skip
     table = BayesDefences()
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gradleak.attacks.closed_form.factor import factored
+from gradleak.attacks.parts.client import plain_client
 from gradleak.attacks.parts.labels import sign_counts
-from gradleak.mechanisms import FedSGD
 from gradleak.types import Observation
 
 _RADII = (1e-13, 1e-11, 1e-9, 1e-7, 1e-6, 1e-5)
@@ -75,9 +75,10 @@ def disaggregate(seen: Observation) -> Separated | str:
             f"{size} residuals of {seen.data.classes} classes are linearly dependent: "
             f"expected at most {seen.data.classes - 1} examples"
         )
-    if not isinstance(seen.mechanism, FedSGD):
+    client = plain_client(seen.mechanism)
+    if client is None:
         return "the update is not the plain gradient of one batch"
-    if seen.mechanism.loss is not cross_entropy:
+    if client.loss is not cross_entropy:
         return "the client's loss is not cross-entropy"
     names = list(seen.state.params)[-2:]
     weight, bias = (seen.update.values[n].detach().double().cpu() for n in (names[0], names[-1]))

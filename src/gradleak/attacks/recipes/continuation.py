@@ -21,6 +21,7 @@ from gradleak.attacks.closed_form.peel import (
     places,
 )
 from gradleak.attacks.parts import smoothing
+from gradleak.attacks.parts.client import plain_client
 from gradleak.attacks.parts.distances import direction_gap
 from gradleak.attacks.parts.known_labels import known_or_recovered
 from gradleak.attacks.parts.lbfgs import lbfgs
@@ -186,8 +187,8 @@ class _KnownPath(_Path):
         state = ModelState(
             model, {k: v for k, v in whole.params.items() if k in own}, whole.buffers
         )
-        believed = objective.fit.mechanism
-        mode = believed.batch_norm if isinstance(believed, FedSGD) else "eval"
+        believed = plain_client(objective.fit.mechanism)
+        mode = "eval" if believed is None else believed.batch_norm
         client = FedSGD(batch_norm=mode, loss=_inner_product)
         like = next(iter(whole.params.values()))
         blank = torch.zeros_like(next(k for k in self.known if k is not None).features)
