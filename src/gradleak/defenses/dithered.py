@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gradleak.defenses.wrapped import Defense, Noise, Separable, Wrapped
+from gradleak.defenses.wrapped import Defense, Noise, Separable, Unbiased
 from gradleak.types import Batch, Likelihood, ModelState, Update
 
 
@@ -22,20 +22,13 @@ class Grid(Defense, Protocol):
 
 
 @dataclass(frozen=True)
-class Dithered(Wrapped):
+class Dithered(Unbiased):
     """ũ_j = s (⌊u_j/s⌋ + coin) with P(coin = 1) = u_j/s − ⌊u_j/s⌋, so that E ũ = u.
 
     The attacker compares with the mean, which is the update before rounding.
     """
 
     rule: Grid
-
-    @property
-    def deterministic(self) -> bool:
-        return False
-
-    def mean(self, state: ModelState, batch: Batch) -> Update:
-        return self.inner.mean(state, batch)
 
     def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
         clean = self.inner.sample(state, batch, generator=generator)

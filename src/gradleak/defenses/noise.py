@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from gradleak.defenses.wrapped import Noise, Wrapped, difference, noised, norm, undefended
+from gradleak.defenses.wrapped import Noise, Unbiased, difference, noised, norm, undefended
 from gradleak.errors import IntractableLikelihood, InvalidInput
 from gradleak.mechanisms import FedSGD
 from gradleak.seeding import normal
@@ -145,15 +145,8 @@ class LaplaceNoise(AdditiveNoise):
 
 
 @dataclass(frozen=True)
-class _Noised(Wrapped):
+class _Noised(Unbiased):
     rule: AdditiveNoise
-
-    @property
-    def deterministic(self) -> bool:
-        return False
-
-    def mean(self, state: ModelState, batch: Batch) -> Update:
-        return self.inner.mean(state, batch)
 
     def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
         clean = self.inner.sample(state, batch, generator=generator)

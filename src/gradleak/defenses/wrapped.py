@@ -169,6 +169,18 @@ class Wrapped(Likely):
         raise IntractableLikelihood(f"noise on a random {self.rule.id}: no exact density")
 
 
+@dataclass(frozen=True)
+class Unbiased(Wrapped):
+    """A layer that is random, and whose expectation is that of what lies inside."""
+
+    @property
+    def deterministic(self) -> bool:
+        return False
+
+    def mean(self, state: ModelState, batch: Batch) -> Update:
+        return self.inner.mean(state, batch)
+
+
 class UpdateMap(Defense, Protocol):
     """A protection that maps every update by one fixed function."""
 

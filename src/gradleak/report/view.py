@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -149,9 +150,7 @@ class Finding:
 
     def image_psnr(self, source: str) -> list[float]:
         """PSNR in dB of every private image for "scores", "control", "guess" or "ceiling"."""
-        each = {"scores": self._psnr, "control": _control, "guess": _guess, "ceiling": _begun}[
-            source
-        ]
+        each = {"scores": self._psnr, "guess": _guess}.get(source, partial(_beside, source=source))
         return [value for target in self.targets for value in each(target)]
 
     def _psnr(self, target: Json) -> list[float]:
@@ -191,10 +190,10 @@ class Finding:
             target = self.targets[index]
             client = target.get("client", index)
             scores = (
-                ("original", "Original", wording.decibels(_mean(_original(target)))),
+                ("original", "Original", wording.decibels(_mean(_beside(target, "original")))),
                 ("truth", "Truth", ""),
                 ("claim", "Attack", wording.decibels(psnr[index])),
-                ("control", "Control", wording.decibels(_mean(_control(target)))),
+                ("control", "Control", wording.decibels(_mean(_beside(target, "control")))),
                 ("baseline", "Guess", wording.decibels(_mean(_guess(target)))),
             )
             columns = []
@@ -242,7 +241,7 @@ class Finding:
                         client,
                         _fate(target),
                         wording.number(psnr[index]),
-                        wording.number(_mean(_control(target))),
+                        wording.number(_mean(_beside(target, "control"))),
                         wording.number(_mean(_guess(target))),
                         wording.number(_mean(_floats(scores.get("ssim"))), 2),
                         _count(_floats(scores.get("identified"))),
@@ -697,16 +696,9 @@ def _floats(values: object) -> list[float]:
     return [math.nan if v is None else float(v) for v in values]
 
 
-def _control(target: Json) -> list[float]:
-    return _floats((target.get("control") or {}).get("psnr_db"))
-
-
-def _begun(target: Json) -> list[float]:
-    return _floats((target.get("ceiling") or {}).get("psnr_db"))
-
-
-def _original(target: Json) -> list[float]:
-    return _floats((target.get("original") or {}).get("psnr_db"))
+def _beside(target: Json, source: str) -> list[float]:
+    """PSNR of "control", "ceiling" or "original"; empty where there is none."""
+    return _floats((target.get(source) or {}).get("psnr_db"))
 
 
 def _guess(target: Json) -> list[float]:

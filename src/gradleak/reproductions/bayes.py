@@ -19,7 +19,6 @@ from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import Engine
 from gradleak.attacks.recipes.bayes import Bayes
 from gradleak.data import Dataset, Split
-from gradleak.errors import InvalidInput
 from gradleak.mechanisms import FedSGD
 from gradleak.models import train
 from gradleak.models.layers import Normalize
@@ -31,7 +30,7 @@ from gradleak.reproductions.reproduction import (
     Request,
     Row,
 )
-from gradleak.reproductions.sources import DATA, available, divide, load, substituted
+from gradleak.reproductions.sources import DATA, available, current, divide, substituted
 from gradleak.run.jobs import derive
 from gradleak.scenario import Scenario, simulate
 from gradleak.threat import ThreatModel, Truth
@@ -179,9 +178,7 @@ class BayesTable(Reproduction):
         data_dir: str | None,
         progress: Callable[[float], None],
     ) -> dict[str, Any]:
-        dataset = load(cell["data"], data_dir)
-        if dataset.fingerprint != cell["fingerprint"]:
-            raise InvalidInput(f"data {cell['data']!r} changed while the table was computed")
+        dataset = current(cell, data_dir)
         if cell["step"] == "tune":
             return tuned(cell, dataset, progress=progress)
         return attacked(cell, dataset, Settings(**found[0]["settings"]), progress=progress)

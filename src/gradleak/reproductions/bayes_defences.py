@@ -20,13 +20,12 @@ from gradleak.attacks.recipes.continuation import Continuation
 from gradleak.attacks.recipes.inverting_gradients import InvertingGradients
 from gradleak.data import Dataset
 from gradleak.defenses.precode import precode
-from gradleak.errors import InvalidInput
 from gradleak.mechanisms import FedSGD
 from gradleak.models.convnet import convnet
 from gradleak.models.layers import Normalize
 from gradleak.models.seeding import seeded
 from gradleak.reproductions.reproduction import Cell, Estimate, Reproduction, Request, Row
-from gradleak.reproductions.sources import available, divide, load, substituted
+from gradleak.reproductions.sources import available, current, divide, substituted
 from gradleak.run.jobs import derive
 from gradleak.scenario import Scenario, simulate
 from gradleak.threat import ThreatModel
@@ -202,9 +201,7 @@ class BayesDefences(Reproduction):
         data_dir: str | None,
         progress: Callable[[float], None],
     ) -> dict[str, Any]:
-        dataset = load(cell["data"], data_dir)
-        if dataset.fingerprint != cell["fingerprint"]:
-            raise InvalidInput(f"data {cell['data']!r} changed while the table was computed")
+        dataset = current(cell, data_dir)
         return attacked(cell, dataset, progress=progress)
 
     def rows(self, cells: Sequence[Cell], records: Mapping[str, Mapping[str, Any]]) -> list[Row]:

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
+from typing import Any
 
-from gradleak import data
 from gradleak.data import Dataset, Split
 from gradleak.errors import CorruptFile, InvalidInput
-from gradleak.run.jobs import derive
+from gradleak.run import trial
+from gradleak.run.trial import load_data
 
 DATA: Mapping[str, str] = {"mnist": "mnist-5k", "cifar10": "digits"}
 """Data sets of papers, and the embedded ones that stand in where they are missing."""
 
 
-@lru_cache(maxsize=4)
-def load(name: str, data_dir: str | None) -> Dataset:
-    """Load a data set once per process."""
-    return data.load(name, data_dir=Path(data_dir) if data_dir else None)
-
-
 def available(name: str, data_dir: str | None) -> tuple[str, Dataset]:
     """A data set, or what stands in for it where nobody said where it lies."""
     try:
-        return name, load(name, data_dir)
+        return name, load_data(name, data_dir)
     except CorruptFile:
         raise
     except InvalidInput:
         if data_dir is not None:
             raise
-        return DATA[name], load(DATA[name], None)
+        return DATA[name], load_data(DATA[name], None)
 
 
 def substituted(name: str) -> str:
@@ -41,7 +35,19 @@ def substituted(name: str) -> str:
     return ""
 
 
+def current(cell: Mapping[str, Any], data_dir: str | None) -> Dataset:
+    """The data that a cell was planned for.
+
+    Raises:
+        InvalidInput: they are others by now.
+    """
+    dataset = load_data(cell["data"], data_dir)
+    if dataset.fingerprint != cell["fingerprint"]:
+        raise InvalidInput(f"data {cell['data']!r} changed while the table was computed")
+    return dataset
+
+
 @lru_cache(maxsize=4)
 def divide(dataset: Dataset, seed: int) -> Split:
-    """The private and public halves of a run."""
-    return data.split(dataset, derive(seed, "split"))
+    """The halves of an audit with this seed, once per process."""
+    return trial.divide(dataset, seed)
