@@ -26,6 +26,7 @@ DISTANCES: dict[str, Distance] = {
     "l1": distances.l1,
     "cosine": distances.cosine,
     "direction_gap": distances.direction_gap,
+    "balanced_gap": distances.balanced_gap,
     "fourth powers": fourth_powers,
 }
 

@@ -8,6 +8,7 @@ for the distances below, by automatic differentiation for any other.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ Tensors = Mapping[str, Tensor]
 Distance = Callable[[Tensors, Tensors], Tensor]
 Slope = Callable[[list[Tensor]], tuple[Tensor, Sequence[Tensor]]]
 """Predicted tensors, in the order of the received ones -> D and ∂D/∂p of every tensor."""
+_Weighting = Callable[[Sequence[Tensor]], Tensor]
+
+_SHORTEST = 1e-6
 
 
 def squared_l2(predicted: Tensors, received: Tensors) -> Tensor:
@@ -40,13 +44,34 @@ def cosine(predicted: Tensors, received: Tensors) -> Tensor:
 
 def direction_gap(predicted: Tensors, received: Tensors) -> Tensor:
     """½ ‖p/‖p‖ − r/‖r‖‖² = 1 − cos(p, r), without the cancellation that stops at rounding."""
-    own = _total([(p**2).sum() for p in predicted.values()])
-    theirs = _total([(received[k] ** 2).sum() for k in predicted])
-    tiny = torch.finfo(own.dtype).tiny
-    own, theirs = own.clamp(min=tiny).sqrt(), theirs.clamp(min=tiny).sqrt()
-    return _total(
-        [0.5 * ((p / own - received[k] / theirs) ** 2).sum() for k, p in predicted.items()]
-    )
+    return _gap(predicted, received, _even)
+
+
+def balanced_gap(predicted: Tensors, received: Tensors) -> Tensor:
+    """½ Σ_l w_l ‖p_l/‖p‖ − r_l/‖r‖‖², w_l = ‖r‖² / (‖r_l‖ Σ_k ‖r_k‖).
+
+    `direction_gap` in which a layer of short gradients counts for more. An update rounded in every
+    entry by a share ε leaves ½ ε² in both.
+    """
+    return _gap(predicted, received, _balanced)
+
+
+def _gap(predicted: Tensors, received: Tensors, weighting: _Weighting) -> Tensor:
+    kept = [received[k] for k in predicted]
+    own, theirs = (_floored_root(_squares(list(side))) for side in (predicted.values(), kept))
+    pairs = zip(weighting(kept), predicted.values(), kept, strict=True)
+    return _total([0.5 * w * ((p / own - r / theirs) ** 2).sum() for w, p, r in pairs])
+
+
+def _even(received: Sequence[Tensor]) -> Tensor:
+    return torch.ones(len(received), dtype=received[0].dtype, device=received[0].device)
+
+
+def _balanced(received: Sequence[Tensor]) -> Tensor:
+    """w_l; a tensor of zeros counts as one of a millionth of the whole."""
+    lengths = torch.stack([(r**2).sum() for r in received])
+    shares = (lengths.sqrt() / _floored_root(lengths.sum())).clamp(min=_SHORTEST)
+    return 1 / (shares * shares.sum())
 
 
 def layer_weighted(distance: Distance, weights: Sequence[float]) -> Distance:
@@ -116,20 +141,21 @@ def cosine_slope(inner: Tensor, own: Tensor, theirs: Tensor) -> tuple[Tensor, Te
     return length, a, -1 / length
 
 
-def _direction_gap_slope(received: list[Tensor]) -> Slope:
-    norm = _floored_root(_squares(received))
+def _gap_slope(weighting: _Weighting, received: list[Tensor]) -> Slope:
+    theirs, weights = _floored_root(_squares(received)), weighting(received).tolist()
 
     def at(predicted: list[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         square = _squares(predicted)
         own = _floored_root(square)
         gaps = list(torch._foreach_div(predicted, own))
-        torch._foreach_addcmul_(gaps, received, [-1 / norm] * len(received))
-        value = 0.5 * _squares(gaps)
-        # With u the gap and p̂ = p/‖p‖: ∂D/∂p = (u − ⟨u, p̂⟩ p̂) / ‖p‖, and ⟨u, p̂⟩ = D.
-        along = torch.where(square > own**2 / 2, value / own, torch.zeros_like(value))
-        torch._foreach_addcmul_(gaps, predicted, [-along] * len(predicted))
-        torch._foreach_div_(gaps, own)
-        return value, gaps
+        torch._foreach_addcmul_(gaps, received, [-1 / theirs] * len(received))
+        slopes = list(torch._foreach_mul(gaps, weights))
+        value = 0.5 * _inner(gaps, slopes)
+        # With u the weighted gap and p̂ = p/‖p‖: ∂D/∂p = (u − ⟨u, p̂⟩ p̂) / ‖p‖.
+        along = torch.where(square > own**2 / 2, _inner(slopes, predicted), torch.zeros_like(own))
+        torch._foreach_addcmul_(slopes, predicted, [-along / own**2] * len(predicted))
+        torch._foreach_div_(slopes, own)
+        return value, slopes
 
     return at
 
@@ -149,7 +175,8 @@ _SLOPES: Mapping[Distance, Callable[[list[Tensor]], Slope]] = {
     squared_l2: _squared_l2_slope,
     l1: _l1_slope,
     cosine: _cosine_slope,
-    direction_gap: _direction_gap_slope,
+    direction_gap: partial(_gap_slope, _even),
+    balanced_gap: partial(_gap_slope, _balanced),
 }
 
 

@@ -20,9 +20,10 @@ from gradleak.attacks.closed_form.peel import (
     peel,
     places,
 )
+from gradleak.attacks.closed_form.row_space import row_space
 from gradleak.attacks.parts import smoothing
 from gradleak.attacks.parts.client import plain_client
-from gradleak.attacks.parts.distances import direction_gap
+from gradleak.attacks.parts.distances import balanced_gap, direction_gap
 from gradleak.attacks.parts.known_labels import known_or_recovered
 from gradleak.attacks.parts.lbfgs import lbfgs
 from gradleak.attacks.parts.matching import Matching
@@ -36,6 +37,9 @@ from gradleak.mechanisms.client import own_buffers, template
 from gradleak.types import About, Fact, ModelState, Observation, Status
 
 Stage = Callable[[Objective], Objective]
+
+_KNOWN, _SPAN, _WHOLE = 0.05, 0.2, 0.5
+"""Steps of every search on a network without kinks, as shares of those of a path."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,12 @@ class Continuation(Recipe):
     g_β is the gradient through log(1 + exp(s a))/s in place of relu(a), s = β over the spread of a.
     Where the head's gradient separates into its examples, layers below it are peeled off as far as
     the update determines them, and each x_i has to reproduce its own activations at the deepest
-    place known. A network without kinks needs no path and no prior: what is known at the head
-    first, then the whole update.
+    place known.
+
+    A network without kinks needs no path and no prior, but three searches: what is known at the
+    head, as far as rounding left it; the update and Σ ‖h_i − its projection on the row space of
+    the head's gradient‖², where the inputs h_i of the head lie whatever the rounding; the update.
+    There the distance weighs the gap of every tensor by the inverse of its length.
 
     Args:
         steps: accepted L-BFGS steps per restart, over all stages; 1 + log₂ b times as many for a
@@ -111,46 +119,59 @@ class Continuation(Recipe):
         )
 
     def search(self, objective: Objective, start: Variables) -> Search:
-        fit = objective.fit
-        network = smoothing.swapped(fit.state.model)
-        smoothing.measure(network, fit.state, objective.unknown.spec)
+        network = smoothing.swapped(objective.fit.state.model)
+        smoothing.measure(network, objective.fit.state, objective.unknown.spec)
         head, chain = head_place(network), places(network)
-        known = [_known(o, head, chain) for o in fit.seen]
-        groups: dict[int, list[int]] = {}
+        smooth = not smoothing.kinked(network)
+        if smooth:
+            objective = replace(objective, fit=objective.fit.comparing(balanced_gap))
+        known = [_known(o, head, chain, smooth=smooth) for o in objective.fit.seen]
+        groups: dict[object, list[int]] = {}
         for trial, target in enumerate(objective.targets):
-            groups.setdefault(id(known[target].place), []).append(trial)
+            groups.setdefault(known[target].kind, []).append(trial)
         parts = []
         for trials in groups.values():
             part = replace(objective, targets=tuple(objective.targets[t] for t in trials))
-            place = known[part.targets[0]].place
-            path = _Path(network, self.variation)
-            if place is not None:
-                here = [k.activations if k.place is place else None for k in known]
-                path = _KnownPath(place.below, self.variation, place.rectified, here)
-            stages = self._stages(path, whole=not smoothing.kinked(network))
+            stages = self._stages(network, head, known, known[part.targets[0]])
             parts.append((trials, self._follow(stages, part, _rows(start, trials))))
         return _joined(parts, start)
 
-    def _stages(self, path: _Path, *, whole: bool) -> list[Stage]:
-        """Objectives to minimise in turn: along β, or else at the place and then of the update."""
-        if smoothing.kinked(path.network):
-            return [partial(path.at, self.smoothest * 2**k) for k in range(self.stages)]
-        known: list[Stage] = [partial(path.at, math.inf)] if isinstance(path, _KnownPath) else []
-        return [*known, lambda objective: objective] if whole else known
+    def _stages(
+        self, network: nn.Module, head: Place | None, known: Sequence[_Known], like: _Known
+    ) -> list[tuple[float, Stage]]:
+        """Objectives to minimise in turn and their shares of the steps, for targets like one."""
+        alike = [k if k.kind == like.kind else _Known() for k in known]
+        path = _Path(network, self.variation)
+        if like.place is not None:
+            here = [k.activations for k in alike]
+            path = _KnownPath(like.place.below, self.variation, like.place.rectified, here)
+        if smoothing.kinked(network):
+            share, sharpness = 1 / self.stages, [2**k for k in range(self.stages)]
+            return [(share, partial(path.at, self.smoothest * s)) for s in sharpness]
+        stages: list[tuple[float, Stage]] = [(_WHOLE, lambda objective: objective)]
+        if head is not None and like.rows is not None:
+            stages.insert(0, (_SPAN, _Span(head.below, [k.rows for k in alike])))
+        if like.place is not None:
+            stages.insert(0, (_KNOWN, partial(path.at, math.inf)))
+        return stages
 
-    def _follow(self, stages: Sequence[Stage], objective: Objective, start: Variables) -> Search:
+    def _follow(
+        self, stages: Sequence[tuple[float, Stage]], objective: Objective, start: Variables
+    ) -> Search:
         """L-BFGS on every stage in turn; per trial, the end that the network explains best."""
-        steps = round(self.steps * (1 + math.log2(objective.unknown.batch_size)) / len(stages))
+        steps = self.steps * (1 + math.log2(objective.unknown.batch_size))
         solved = [self.tolerance] * len(objective.fit.received)
         best = last = Search(start, torch.full((len(objective.targets),), math.inf), [], [])
-        for number, stage in enumerate(stages):
+        whole, before = sum(share for share, _ in stages), 0.0
+        for share, stage in stages:
 
-            def told(share: float, number: int = number) -> None:
-                objective.progress((number + share) / len(stages))
+            def told(done: float, before: float = before, share: float = share) -> None:
+                objective.progress((before + done * share) / whole)
 
             wanted = stage(replace(objective, progress=told))
-            last = lbfgs(wanted, last.variables, steps=max(1, steps), solved=solved)
+            last = lbfgs(wanted, last.variables, steps=max(1, round(steps * share)), solved=solved)
             best = _better(best, _in_the_box(last, objective))
+            before += share
         return best
 
 
@@ -210,6 +231,45 @@ class _KnownPath(_Path):
         )
 
 
+@dataclass(frozen=True)
+class _Span:
+    """The whole update, and inputs of the head that lie in the row space of its gradient.
+
+    Attributes:
+        below: the network up to the head.
+        rows: (b, width) orthonormal, for every target attacked.
+    """
+
+    below: nn.Module
+    rows: Sequence[Tensor | None]
+
+    def __call__(self, objective: Objective) -> Objective:
+        state = objective.fit.state
+        like = next(iter(state.params.values()))
+        blank = torch.zeros_like(next(r for r in self.rows if r is not None))
+        rows = torch.stack([(blank if r is None else r).to(like) for r in self.rows])
+        own = {name for name, _ in self.below.named_parameters()}
+        params = {name: value for name, value in state.params.items() if name in own}
+        numbers = (params, own_buffers(self.below, state))
+
+        def outside(inputs: Tensor, rows: Tensor) -> Tensor:
+            reached = torch.func.functional_call(self.below, numbers, (inputs.flatten(0, -4),))
+            reached = reached.flatten(1).reshape(len(rows), -1, rows.shape[2])
+            gaps = reached - reached @ rows.mT @ rows
+            total: Tensor = (gaps**2).sum((1, 2))
+            return total
+
+        pictures = smoothing.natural_like(objective.unknown.spec, rows.shape[1]).to(like)
+        with torch.no_grad():
+            whole = outside(pictures.expand(len(rows), *pictures.shape), rows)
+
+        def penalty(inputs: Tensor, targets: Sequence[int]) -> Tensor:
+            chosen = list(targets)
+            return outside(inputs, rows[chosen]) / whole[chosen]
+
+        return replace(objective, penalties=((1.0, penalty),))
+
+
 def _inner_product(outputs: Tensor, cotangents: Tensor) -> Tensor:
     return (outputs * cotangents).sum()
 
@@ -248,20 +308,37 @@ def _features_penalty(
 
 @dataclass(frozen=True)
 class _Known:
-    """The deepest place where every example is known, and what is known there; none of both."""
+    """What an update tells without a search.
+
+    Attributes:
+        place: the deepest place where every example is known.
+        activations: what is known there.
+        rows: (b, width) orthonormal rows that the head's inputs are mixtures of.
+    """
 
     place: Place | None = None
     activations: Activations | None = None
+    rows: Tensor | None = None
+
+    @property
+    def kind(self) -> object:
+        """Equal for targets that are searched for in one way."""
+        return id(self.place), self.rows is None
 
 
-def _known(seen: Observation, head: Place | None, chain: Sequence[Place]) -> _Known:
-    separated = disaggregate(seen) if head is not None else "no linear head"
-    if head is None or isinstance(separated, str):
+def _known(
+    seen: Observation, head: Place | None, chain: Sequence[Place], *, smooth: bool
+) -> _Known:
+    if head is None:
         return _Known()
+    separated = disaggregate(seen)
+    rows = row_space(seen, f"{head.reader}.weight") if smooth else None
+    if isinstance(separated, str):
+        return _Known(rows=rows)
     if separated.rectified and chain:
         depth, activations = peel(seen, separated, chain)
         return _Known(chain[depth], activations)
-    return _Known(head, at_head(seen, separated, head))
+    return _Known(head, at_head(seen, separated, head), rows)
 
 
 def _in_the_box(found: Search, objective: Objective) -> Search:
