@@ -11,6 +11,7 @@ from torch import nn
 
 import gradleak as gl
 from gradleak.attacks import Continuation, InvertingGradients
+from gradleak.attacks.recipes import continuation
 from gradleak.data import load
 from gradleak.errors import NotApplicable
 from gradleak.models import build
@@ -66,6 +67,19 @@ def test_two_examples_of_one_class_are_told_apart() -> None:
     claim = Continuation(steps=400)(seen, generator=stream(3))
     assert claim.batch.labels.tolist() == [4, 4]
     assert gl.metrics.psnr_db(claim.batch, truth) > 25
+
+
+def test_inputs_of_the_head_tell_repeated_classes_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight digits of five classes: ten decibels more than as many steps without their space."""
+    digits = load("digits")
+    rows = [torch.nonzero(digits.labels == label)[:3, 0].tolist() for label in range(10)]
+    seen, truth = seen_digits([rows[label].pop(0) for label in (0, 1, 1, 1, 2, 5, 5, 9)], gelu())
+    claim = Continuation(steps=60)(seen, generator=stream(3))
+    monkeypatch.setattr(continuation, "row_space", lambda *_: None)
+    without = Continuation(steps=82)(seen, generator=stream(3))
+    assert without.evaluations >= 0.95 * claim.evaluations
+    gain = gl.metrics.psnr_db(claim.batch, truth) - gl.metrics.psnr_db(without.batch, truth)
+    assert gain > 10
 
 
 def test_known_labels_keep_their_order() -> None:
