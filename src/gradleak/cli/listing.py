@@ -1,4 +1,4 @@
-"""What there is: attacks, protections, priors, networks, data sets and reproductions."""
+"""What there is: attacks, label rules, protections, priors, networks, data and reproductions."""
 
 from __future__ import annotations
 
@@ -33,6 +33,15 @@ def attacks() -> list[dict[str, Any]]:
         }
         for attack in ATTACKS.values()
         for about in (attack.about,)
+    ]
+
+
+def labels() -> list[dict[str, Any]]:
+    """Every rule of label recovery with its paper and what it assumes."""
+    from gradleak.attacks.labels import LABEL_RULES
+
+    return [
+        {**dataclasses.asdict(rule.about), "fields": _fields(rule)} for rule in LABEL_RULES.values()
     ]
 
 
@@ -102,6 +111,7 @@ def reproductions() -> list[dict[str, Any]]:
 
 KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "attacks": attacks,
+    "labels": labels,
     "defenses": defenses,
     "priors": priors,
     "models": models,
@@ -111,6 +121,7 @@ KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 
 _COLUMNS = {
     "attacks": ("id", "title", "likelihood", "prior", "needs", "fields"),
+    "labels": ("id", "title", "claims", "assumes", "fields"),
     "defenses": ("id", "title", "about", "fields"),
     "priors": ("id", "title", "proper", "fields"),
     "models": ("id", "title", "batch_norm"),

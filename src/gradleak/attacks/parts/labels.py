@@ -63,14 +63,32 @@ def sign_counts(seen: Observation) -> Tensor:
     size = seen.knowledge.batch_size
     if size is None:
         raise NotApplicable("label counts need the batch size, which is not granted")
-    signal = head_signal(seen).clone()
+    signal = head_signal(seen)
     if signal.abs().sum() == 0:
         raise NotApplicable("label counts: the head's gradient is zero")
     head_has_bias = seen.state.params[list(seen.state.params)[-1]].ndim == 1
-    step = 1 / size if head_has_bias else float(-signal[signal < 0].sum()) / size
-    found = signal.argsort()[: min(size, int((signal < 0).sum()))].tolist()
-    signal[found] += step
-    while len(found) < size:
-        found.append(int(signal.argmin()))
-        signal[found[-1]] += step
-    return torch.tensor(sorted(found), dtype=torch.int64)
+    impact = torch.tensor(-1.0, dtype=torch.float64) if head_has_bias else signal[signal < 0].sum()
+    counts = greedy(signal, impact / size, size)
+    return torch.arange(len(counts)).repeat_interleave(counts)
+
+
+def greedy(signal: Tensor, impact: Tensor, size: int) -> Tensor:
+    """One label for every negative class, lowest first, then `impact` at a time from the lowest.
+
+    Args:
+        signal: (classes,) negative where a class is present.
+        impact: 0-dim, negative: what one example of a class adds to its entry.
+        size: b.
+
+    Returns:
+        Counts (classes,) int64 with sum b.
+    """
+    signal, counts = signal.clone(), torch.zeros(len(signal), dtype=torch.int64)
+    present = signal.argsort(stable=True)[: min(size, int((signal < 0).sum()))]
+    counts[present] += 1
+    signal[present] -= impact
+    while int(counts.sum()) < size:
+        lowest = int(signal.argmin())
+        counts[lowest] += 1
+        signal[lowest] -= impact
+    return counts

@@ -177,14 +177,15 @@ def divide_outputs(network: nn.Module, by: float) -> None:
     network.recompile()
 
 
-def natural_like(data: DataSpec, count: int) -> Tensor:
+def natural_like(data: DataSpec, count: int, *, generator: torch.Generator | None = None) -> Tensor:
     """Random fields with the 1/f amplitude spectrum of photographs, (count, *shape), in the box.
 
-    Channels share most of their variation, as colours do; contrast is a quarter of the box.
+    Channels share most of their variation, as colours do; contrast is a quarter of the box. Equal
+    fields at every call, unless a generator is given.
     """
     channels, height, width = data.shape
     low, high = data.bounds
-    stream = torch.Generator().manual_seed(0)
+    stream = generator or torch.Generator().manual_seed(0)
     white = torch.randn(count, channels + 1, height, width, generator=stream, dtype=torch.float64)
     down = torch.fft.fftfreq(height, dtype=torch.float64)[:, None] * height
     across = torch.fft.rfftfreq(width, dtype=torch.float64) * width
