@@ -27,6 +27,7 @@ PARAMETERS = {
     ("lenet-tiny", DIGITS): 1_954,
     ("convnet", MNIST): 91_594,
     ("convnet", CIFAR): 101_482,
+    ("cnn6", CIFAR): 154_256,
     ("resnet18", MNIST): 11_172_810,
     ("resnet18", CIFAR): 11_173_962,
 }

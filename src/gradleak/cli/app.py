@@ -34,7 +34,7 @@ _UsageError: type[Exception] = next(
     c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
 )
 
-_COMMANDS = ("audit", "attack", "list", "report", "reproduce")
+_COMMANDS = ("audit", "attack", "inspect", "list", "report", "reproduce")
 
 _SCENARIO, _ATTACKER, _EFFORT, _OUTPUT = "What is audited", "Who attacks", "Effort", "Output"
 
@@ -272,17 +272,40 @@ def reproduce_command(
     print_reproduced(outcome)
 
 
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a name or module:factory")],
+    data: Data = None,
+    data_dir: DataDir = None,
+    weights: Weights = None,
+    seed: Annotated[int, _option("of the weights, unless they are given [0]", _EFFORT)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """Foretell, layer by layer, whether one example's gradient determines its picture."""
+    from gradleak.cli.inspecting import print_ranks
+
+    print_ranks(
+        model,
+        data=data or "mnist-5k",
+        data_dir=data_dir,
+        weights=weights,
+        seed=seed,
+        as_json=as_json,
+    )
+
+
 @app.command("list")
 def list_command(
     kind: Annotated[
         str,
         typer.Argument(
-            metavar="KIND", help="attacks, defenses, priors, models, data or reproductions"
+            metavar="KIND",
+            help="attacks, labels, defenses, priors, models, data or reproductions",
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
-    """List attacks, defenses, priors, models, data or reproductions."""
+    """List attacks, label rules, defenses, priors, models, data or reproductions."""
     from gradleak.cli.listing import KINDS, print_listing
 
     if kind not in KINDS:

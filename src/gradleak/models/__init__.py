@@ -8,6 +8,7 @@ from torch import nn
 
 from gradleak.defenses.precode import precode
 from gradleak.errors import InvalidInput, nearest
+from gradleak.models.cnn6 import cnn6
 from gradleak.models.convnet import convnet
 from gradleak.models.factory import Factory, check_outputs, user_factory
 from gradleak.models.lenet import lenet, lenet_tiny
@@ -48,6 +49,7 @@ MODELS: dict[str, ModelAbout] = {
         ModelAbout("lenet", "DLG's LeNet: sigmoids, weights U(-0.5, 0.5)", lenet),
         ModelAbout("lenet-tiny", "Two sigmoid convolutions for 8x8 digits", lenet_tiny),
         ModelAbout("convnet", "Four ReLU convolutions without batch normalisation", convnet),
+        ModelAbout("cnn6", "R-GAP's six LeakyReLU convolutions, no biases", cnn6),
         ModelAbout(
             "resnet18", "ResNet-18 with a 3x3 stem for small images", resnet18, batch_norm=True
         ),

@@ -18,12 +18,13 @@ _CONVOLUTIONS = (
 """Channels, kernel, stride and padding."""
 
 
-def cnn6(spec: DataSpec, *, second: int = 36) -> nn.Module:
+def cnn6(spec: DataSpec, *, second: int = 36, logistic: bool = False) -> nn.Module:
     """Build six convolutions and a linear head without biases, LeakyReLU with slope 0.2.
 
     Args:
-        spec: form of the data; two classes give one logistic output, as published.
+        spec: form of the data.
         second: channels of the second convolution; 20 makes it rank-deficient, as published.
+        logistic: one output, as published, instead of one a class.
     """
     channels, *size = spec.shape
     layers: list[nn.Module] = [Normalize()]
@@ -35,6 +36,6 @@ def cnn6(spec: DataSpec, *, second: int = 36) -> nn.Module:
         ]
         channels = outs
         size = [(n + 2 * padding - kernel) // stride + 1 for n in size]
-    outputs = 1 if spec.classes == 2 else spec.classes
+    outputs = 1 if logistic else spec.classes
     head = nn.Linear(channels * size[0] * size[1], outputs, bias=False)
     return nn.Sequential(*layers, nn.Flatten(), head)

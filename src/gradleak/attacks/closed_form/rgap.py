@@ -37,7 +37,9 @@ def logistic(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RGap:
-    """For every layer from the last to the first solve, for its input x,
+    """The input of every layer from what is above it, from the last to the first.
+
+    For x, what enters a layer,
 
         A(x; W) + b = φ⁻¹(a)         weight equations: what is known above, through the activation
         d ⋆ x = ∂L/∂W                gradient equations: d = ∂L/∂z is known above as well
