@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import gradleak as gl
-from gradleak.attacks.closed_form.rgap import RGap, logistic, recoverability
+from gradleak.attacks.closed_form.ranks import recoverability
+from gradleak.attacks.closed_form.rgap import RGap, logistic
 from gradleak.mechanisms import FedAvg, FedSGD
 from gradleak.models.layers import Normalize
 from gradleak.models.seeding import seeded

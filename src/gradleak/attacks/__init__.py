@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gradleak.attacks import closed_form, recipes
+from gradleak.attacks import closed_form, labels, recipes
 from gradleak.attacks.parts.objective import Engine
 from gradleak.attacks.recipe import Recipe
 from gradleak.registry import build as _build
@@ -108,4 +108,4 @@ def _groups(observations: Sequence[Observation]) -> list[list[int]]:
     return [members for _, members in groups]
 
 
-__all__ = ["ATTACKS", "attack_all", "build", *(a.__name__ for a in ATTACKS.values())]
+__all__ = ["ATTACKS", "attack_all", "build", "labels", *(a.__name__ for a in ATTACKS.values())]

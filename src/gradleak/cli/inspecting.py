@@ -7,7 +7,7 @@ import dataclasses
 from rich.table import Table
 
 from gradleak import jsonsafe, models
-from gradleak.attacks.closed_form.rgap import LayerRank, recoverability
+from gradleak.attacks.closed_form.ranks import LayerRank, recoverability
 from gradleak.cli.tables import console
 from gradleak.run.states import file_of
 from gradleak.run.trial import load_data

@@ -10,20 +10,15 @@ from typing import ClassVar
 import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, cross_entropy, softplus, unfold
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.nn.functional import cross_entropy, softplus
 
-from gradleak.attacks.closed_form.chain import Chain, Link, chain_of, unknowns
+from gradleak.attacks.closed_form.chain import Chain, Link, chain_of
+from gradleak.attacks.closed_form.layer_equations import Convolution, back, output_shape
 from gradleak.attacks.parts.client import plain_client
 from gradleak.attacks.parts.needs import require
-from gradleak.attacks.parts.smoothing import natural_like
-from gradleak.mechanisms.client import own_buffers, template
-from gradleak.types import About, Batch, DataSpec, Fact, ModelState, Observation, Reconstruction
+from gradleak.types import About, Batch, Fact, Observation, Reconstruction
 
 _EXPLAINED = 1e-4
-_REFINEMENTS = 30
-_CONVERGED = 1e-15
-_DEFICIENT = 1e-7
 _SCAN = 4000
 _OUTSIDE = 1e-3
 
@@ -215,7 +210,7 @@ class _Equations:
             gap = float((d.T @ found - gradient).norm() / gradient.norm())
             return found.view(1, *link.shape), gap
         wanted = z if bias is None else z - bias.view(1, -1, 1, 1)
-        return _Convolution(link, weight, d, self.precision).inputs(wanted, gradient)
+        return Convolution(link, weight, d, self.precision).inputs(wanted, gradient)
 
 
 def _roots(gaps: Callable[[Tensor], Tensor]) -> Iterator[float]:
@@ -244,7 +239,7 @@ def _descended(equations: _Equations, chain: Chain, start: Start) -> _Outcome:
         if not z.isfinite().all():
             why = f"no output of {link.name!r} is what its activation has to give"
             return _Outcome(start.label, depth, inputs, gap, why)
-        shape = _outputs(link, inputs.numel())
+        shape = output_shape(link, inputs.numel())
         d = (below.reshape(inputs.shape) * slope).view(shape)
         found = equations.solve(link, z.view(shape), d)
         if isinstance(found, str):
@@ -257,7 +252,7 @@ def _descended(equations: _Equations, chain: Chain, start: Start) -> _Outcome:
                 "noise-free gradient of one example"
             )
             return _Outcome(start.label, depth, inputs, gap, why)
-        below = _back(link, equations.params[f"{link.name}.weight"], d)
+        below = back(link, equations.params[f"{link.name}.weight"], d)
     return _Outcome(start.label, len(chain.links), inputs, gap)
 
 
@@ -265,196 +260,3 @@ def _likely(picture: Tensor, bounds: tuple[float, float]) -> tuple[bool, float]:
     """Whether a picture lies in the bounds, up to rounding, and its contrast."""
     outside = float((picture - picture.clamp(*bounds)).abs().max())
     return outside <= _OUTSIDE * (bounds[1] - bounds[0]), float(picture.std())
-
-
-def _outputs(link: Link, numbers: int) -> tuple[int, ...]:
-    if isinstance(link.layer, nn.Linear):
-        return 1, numbers
-    blank = torch.zeros((1, *link.shape), dtype=torch.float64)
-    shape: tuple[int, ...] = tuple(
-        conv2d(blank, torch.zeros_like(link.layer.weight).double(), None, *_geometry(link)).shape
-    )
-    return shape
-
-
-def _back(link: Link, weight: Tensor, d: Tensor) -> Tensor:
-    """∂L/∂x of the layer's input."""
-    if isinstance(link.layer, nn.Linear):
-        return d @ weight
-    found: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
-        (1, *link.shape), weight, d, *_geometry(link)
-    )
-    return found
-
-
-def _geometry(link: Link) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
-    layer = link.layer
-    assert isinstance(layer, nn.Conv2d)
-    assert not isinstance(layer.padding, str)
-    return layer.stride, layer.padding, layer.dilation, 1
-
-
-class _Convolution:
-    """Both sets of equations of one convolution, scaled to equal right-hand sides."""
-
-    def __init__(self, link: Link, weight: Tensor, d: Tensor, precision: float) -> None:
-        self.link, self.weight = link, weight
-        matrix = d[0].flatten(1)
-        left, strengths, right = torch.linalg.svd(matrix, full_matrices=False)
-        kept = strengths > 100 * precision * strengths[0]
-        self.compressed = right[kept].view(1, -1, *d.shape[2:])
-        self.to_compressed = (left[:, kept] / strengths[kept]).T
-        self.ranks = int(kept.sum())
-
-    def inputs(self, z: Tensor, gradient: Tensor) -> tuple[Tensor, float] | str:
-        """(1, *shape) and the share not explained, by refined normal equations."""
-        wanted_gradient = torch.tensordot(self.to_compressed, gradient, 1)
-        if not z.any() or not wanted_gradient.any():
-            return f"no gradient reaches {self.link.name!r}"
-        self.first, self.second = float(1 / z.norm()), float(1 / wanted_gradient.norm())
-        factor, info = torch.linalg.cholesky_ex(self.gram())
-        if int(info):
-            return f"{self.link.name!r} has fewer independent equations than unknowns"
-        x = torch.zeros((1, *self.link.shape), dtype=torch.float64)
-        for _ in range(_REFINEMENTS):
-            left = (
-                self.first * (z - self.outputs(x)),
-                self.second * (wanted_gradient - self.gradients(x)),
-            )
-            step = torch.cholesky_solve(self.transposed(*left).reshape(-1, 1), factor).view_as(x)
-            x = x + step
-            if not step.norm() > _CONVERGED * x.norm():
-                break
-        gap = math.sqrt(sum(float((part**2).sum()) for part in left) / 2)
-        return x, gap
-
-    def outputs(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.weight, None, *_geometry(self.link))
-
-    def gradients(self, x: Tensor) -> Tensor:
-        shape = (self.ranks, *self.weight.shape[1:])
-        found: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
-            x, shape, self.compressed, *_geometry(self.link)
-        )
-        return found
-
-    def transposed(self, by_outputs: Tensor, by_gradients: Tensor) -> Tensor:
-        """Aᵀ of both sets, with their scales."""
-        shape = (len(by_outputs), *self.link.shape)
-        first: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
-            shape, self.weight, by_outputs, *_geometry(self.link)
-        )
-        second: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
-            shape,
-            by_gradients,
-            self.compressed.expand(len(by_outputs), -1, -1, -1),
-            *_geometry(self.link),
-        )
-        return self.first * first + self.second * second
-
-    def gram(self) -> Tensor:
-        """AᵀA (n, n). The gradient equations treat every channel alike: one block, repeated."""
-        channels, height, width = self.link.shape
-        n = unknowns(self.link)
-        unit = torch.eye(n, dtype=torch.float64).view(n, *self.link.shape)
-        total: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
-            unit.shape, self.weight, self.outputs(unit), *_geometry(self.link)
-        )
-        total = self.first**2 * total.view(n, n)
-        pixels = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)
-        stride, padding, dilation, _ = _geometry(self.link)
-        patches = unfold(pixels, self.weight.shape[2:], dilation, padding, stride)
-        rows = torch.einsum("pkl,fl->pfk", patches, self.compressed[0].flatten(1)).flatten(1)
-        block = self.second**2 * rows @ rows.T
-        for channel in range(channels):
-            part = slice(channel * height * width, (channel + 1) * height * width)
-            total[part, part] += block
-        return total
-
-
-@dataclass(frozen=True)
-class LayerRank:
-    """Whether one layer's input follows from what is above it.
-
-    Attributes:
-        name: of the layer.
-        unknowns: numbers that enter it.
-        weight_equations: outputs of the layer.
-        gradient_equations: independent ones, after compression.
-        rank: independent equations of both kinds together, up to float64.
-    """
-
-    name: str
-    unknowns: int
-    weight_equations: int
-    gradient_equations: int
-    rank: int
-
-    @property
-    def recoverable(self) -> bool:
-        return self.rank >= self.unknowns
-
-
-def recoverability(state: ModelState, data: DataSpec) -> list[LayerRank] | str:
-    """Rank analysis of every layer, before any update is seen; or why the network is no chain.
-
-    Ranks are those at a random picture with the spectrum of photographs and label 0: equal for
-    almost every picture.
-
-    Source: Zhu & Blaschko, ICLR 2021, Section 4 (rank analysis).
-    """
-    chain = chain_of(state, data)
-    if isinstance(chain, str):
-        return chain
-    if data.modality == "image":
-        picture = natural_like(data, 1)
-    else:
-        stream = torch.Generator().manual_seed(0)
-        low, high = data.bounds
-        picture = low + (high - low) * torch.rand((1, *data.shape), generator=stream).double()
-    entered, errors = _passed(state, chain, picture)
-    params = {k: v.detach().double().cpu() for k, v in state.params.items()}
-    found = []
-    for link in chain.links:
-        n, d = unknowns(link), errors[link.name]
-        if isinstance(link.layer, nn.Linear):
-            found.append(LayerRank(link.name, n, d.numel(), n if d.any() else 0, n * bool(d.any())))
-            continue
-        layer = _Convolution(link, params[f"{link.name}.weight"], d, torch.finfo(d.dtype).eps)
-        x = entered[link.name]
-        layer.first = float(1 / layer.outputs(x).norm())
-        layer.second = float(1 / layer.gradients(x).norm())
-        strengths = torch.linalg.eigvalsh(layer.gram()).clamp(min=0).sqrt()
-        rank = int((strengths > _DEFICIENT * strengths[-1]).sum())
-        equations = layer.ranks * layer.weight[0].numel()
-        found.append(LayerRank(link.name, n, d.numel(), equations, rank))
-    return found
-
-
-def _passed(
-    state: ModelState, chain: Chain, picture: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What enters every layer for one picture, and ∂L/∂z where it leaves, L = −log p_0."""
-    model = template(state.model, "eval").to(torch.float64)
-    params = {k: v.detach().double() for k, v in state.params.items()}
-    buffers = own_buffers(model, state)
-    fixed = {k: v.double() if v.is_floating_point() else v for k, v in buffers.items()}
-    entered: dict[str, Tensor] = {}
-    left: dict[str, Tensor] = {}
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
-            entered[name], left[name] = given[0].detach(), out
-
-        return hook
-
-    handles = [model.get_submodule(k.name).register_forward_hook(note(k.name)) for k in chain.links]
-    try:
-        logits = torch.func.functional_call(model, (params, fixed), (picture.requires_grad_(),))
-    finally:
-        for handle in handles:
-            handle.remove()
-    label = torch.zeros(1, dtype=torch.int64)
-    loss = logistic(logits, label) if logits.shape[1] == 1 else cross_entropy(logits, label)
-    errors = torch.autograd.grad(loss, list(left.values()))
-    return entered, dict(zip(left, errors, strict=True))
