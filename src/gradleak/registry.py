@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
+import pkgutil
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from gradleak.errors import InvalidInput, nearest
 
 T = TypeVar("T")
+
+
+def defined_in(package: types.ModuleType) -> Iterator[type[Any]]:
+    """Every class that a file of a package defines, file by file."""
+    for entry in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{entry.name}")
+        for _, thing in inspect.getmembers(module, inspect.isclass):
+            if thing.__module__ == module.__name__:
+                yield thing
+
+
+def described_in(package: types.ModuleType, kind: type[Any]) -> dict[str, type[Any]]:
+    """Every class of a package with an `about` of its own of this kind, by its id, sorted."""
+    found = {}
+    for thing in defined_in(package):
+        about = thing.__dict__.get("about")
+        if isinstance(about, kind):
+            found[about.id] = thing
+    return dict(sorted(found.items()))
 
 
 def split_spec(spec: str) -> tuple[str, dict[str, str]]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,24 +9,13 @@ from gradleak.attacks import closed_form, labels, recipes
 from gradleak.attacks.parts.objective import Engine
 from gradleak.attacks.recipe import Recipe
 from gradleak.registry import build as _build
+from gradleak.registry import described_in
 from gradleak.seeding import target_generator
 from gradleak.types import About, Attack, Observation, Reconstruction
 
-
-def _discover() -> dict[str, type[Any]]:
-    """Every class with its own `about` in a file of `recipes` or `closed_form`, by id."""
-    found: dict[str, type[Any]] = {}
-    for package in (closed_form, recipes):
-        for entry in pkgutil.iter_modules(package.__path__):
-            module = importlib.import_module(f"{package.__name__}.{entry.name}")
-            for _, thing in inspect.getmembers(module, inspect.isclass):
-                about = thing.__dict__.get("about")
-                if isinstance(about, About) and thing.__module__ == module.__name__:
-                    found[about.id] = thing
-    return dict(sorted(found.items()))
-
-
-ATTACKS: dict[str, type[Any]] = _discover()
+ATTACKS: dict[str, type[Any]] = dict(
+    sorted((described_in(closed_form, About) | described_in(recipes, About)).items())
+)
 globals().update({attack.__name__: attack for attack in ATTACKS.values()})
 
 

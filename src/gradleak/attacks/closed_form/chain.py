@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from gradleak.attacks.closed_form.affine import probes, undoing
 from gradleak.attacks.parts.smoothing import called_module, keeps_values
 from gradleak.mechanisms.client import own_buffers, template
 from gradleak.types import DataSpec, ModelState
@@ -121,32 +122,20 @@ def _placed(
     handles = [
         model.get_submodule(name).register_forward_pre_hook(note(name)) for name, _, _ in found
     ]
-    params = {k: v.double() for k, v in state.params.items()}
-    buffers = own_buffers(model, state)
-    fixed = {k: v.double() if v.is_floating_point() else v for k, v in buffers.items()}
-    low, high = data.bounds
-    stream = torch.Generator().manual_seed(0)
-    probe = low + (high - low) * torch.rand((1, *data.shape), generator=stream, dtype=torch.float64)
+    numbers = state.to(torch.float64)
+    fixed = own_buffers(model, numbers)
     first, reached = found[0][0], []
     try:
         with torch.no_grad():
-            for x in (torch.full_like(probe, low), torch.full_like(probe, high), probe):
-                torch.func.functional_call(model, (params, fixed), (x,))
-                reached.append(entered[first].flatten())
+            for x in probes(data):
+                torch.func.functional_call(model, (dict(numbers.params), fixed), (x,))
+                reached.append(entered[first])
     finally:
         for handle in handles:
             handle.remove()
-    at_low, at_high, at_probe = reached
-    slope = at_high - at_low
-    if slope.numel() != probe.numel() or not slope.all():
-        return f"what enters the first layer {first!r} is no affine map of each pixel"
-    share = (at_probe - at_low) / slope
-    if not torch.allclose(low + (high - low) * share, probe.flatten(), rtol=0, atol=1e-9):
-        return f"what enters the first layer {first!r} is no affine map of each pixel"
-
-    def undo(inputs: Tensor) -> Tensor:
-        return (low + (high - low) * (inputs.flatten() - at_low) / slope).view(data.shape)
-
+    undo = undoing(first, reached, data)
+    if isinstance(undo, str):
+        return undo
     links = tuple(
         Link(name, layer, inverse, tuple(entered[name].shape[1:])) for name, layer, inverse in found
     )

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from gradleak.attacks.closed_form.affine import probes, undoing
 from gradleak.attacks.parts.known_labels import known_or_recovered
 from gradleak.attacks.parts.needs import require
 from gradleak.errors import NotApplicable
@@ -88,8 +89,7 @@ def _first_linear(
 ) -> tuple[str, Callable[[Tensor], Tensor]] | str:
     """Name of the first linear layer and the way from its input back to x, or why there is none."""
     model = template(state.model, "eval").to(torch.float64)
-    fixed = {k: v.double() if v.is_floating_point() else v for k, v in state.buffers.items()}
-    params = {k: v.double() for k, v in state.params.items()}
+    numbers = state.to(torch.float64)
     calls: list[tuple[str, nn.Module, Tensor]] = []
 
     def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -100,14 +100,11 @@ def _first_linear(
         for name, layer in model.named_modules()
         if any(True for _ in layer.parameters(recurse=False))
     ]
-    low, high = data.bounds
-    stream = torch.Generator().manual_seed(0)
-    probe = low + (high - low) * torch.rand((1, *data.shape), generator=stream, dtype=torch.float64)
     try:
         seen_by_layer = []
-        for x in (torch.full_like(probe, low), torch.full_like(probe, high), probe):
+        for x in probes(data):
             calls.clear()
-            torch.func.functional_call(model, (params, fixed), (x,))
+            torch.func.functional_call(model, (dict(numbers.params), dict(numbers.buffers)), (x,))
             seen_by_layer.append(calls[0])
     finally:
         for handle in handles:
@@ -117,16 +114,5 @@ def _first_linear(
         return f"the first layer {name!r} is {type(layer).__name__}, not linear"
     if layer.bias is None:
         return f"the first layer {name!r} has no bias: scale and sign of its input stay unknown"
-    at_low, at_high, at_probe = (h.flatten() for _, _, h in seen_by_layer)
-    width = at_high - at_low
-    if at_low.numel() != probe.numel() or bool((width == 0).any()):
-        return f"the first layer {name!r} does not see every input entry"
-    share = (at_probe - at_low) / width
-    if not torch.allclose(low + (high - low) * share, probe.flatten(), rtol=0, atol=1e-9):
-        return f"the input of the first layer {name!r} is not an affine image of the data"
-
-    def undo(hidden: Tensor) -> Tensor:
-        scaled = (hidden - at_low.to(hidden)) / width.to(hidden)
-        return (low + (high - low) * scaled).reshape(data.shape)
-
-    return name, undo
+    undo = undoing(name, [h for _, _, h in seen_by_layer], data)
+    return undo if isinstance(undo, str) else (name, undo)

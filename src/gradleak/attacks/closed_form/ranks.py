@@ -83,9 +83,8 @@ def _passed(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What enters every layer for one picture, and ∂L/∂z where it leaves, L = −log p_0."""
     model = template(state.model, "eval").to(torch.float64)
-    params = {k: v.detach().double() for k, v in state.params.items()}
-    buffers = own_buffers(model, state)
-    fixed = {k: v.double() if v.is_floating_point() else v for k, v in buffers.items()}
+    numbers = state.to(torch.float64)
+    fixed = own_buffers(model, numbers)
     entered: dict[str, Tensor] = {}
     left: dict[str, Tensor] = {}
 
@@ -97,7 +96,9 @@ def _passed(
 
     handles = [model.get_submodule(k.name).register_forward_hook(note(k.name)) for k in chain.links]
     try:
-        logits = torch.func.functional_call(model, (params, fixed), (picture.requires_grad_(),))
+        logits = torch.func.functional_call(
+            model, (dict(numbers.params), fixed), (picture.requires_grad_(),)
+        )
     finally:
         for handle in handles:
             handle.remove()

@@ -204,10 +204,7 @@ class _KnownPath(_Path):
 
     def at(self, beta: float, objective: Objective) -> Objective:
         model, whole = smoothing.at_beta(self.network, beta), objective.fit.state
-        own = {name for name, _ in model.named_parameters()}
-        state = ModelState(
-            model, {k: v for k, v in whole.params.items() if k in own}, whole.buffers
-        )
+        state = ModelState(model, _own_params(model, whole), whole.buffers)
         believed = plain_client(objective.fit.mechanism)
         mode = "eval" if believed is None else believed.batch_norm
         client = FedSGD(batch_norm=mode, loss=_inner_product)
@@ -248,9 +245,7 @@ class _Span:
         like = next(iter(state.params.values()))
         blank = torch.zeros_like(next(r for r in self.rows if r is not None))
         rows = torch.stack([(blank if r is None else r).to(like) for r in self.rows])
-        own = {name for name, _ in self.below.named_parameters()}
-        params = {name: value for name, value in state.params.items() if name in own}
-        numbers = (params, own_buffers(self.below, state))
+        numbers = (_own_params(self.below, state), own_buffers(self.below, state))
 
         def outside(inputs: Tensor, rows: Tensor) -> Tensor:
             reached = torch.func.functional_call(self.below, numbers, (inputs.flatten(0, -4),))
@@ -268,6 +263,12 @@ class _Span:
             return outside(inputs, rows[chosen]) / whole[chosen]
 
         return replace(objective, penalties=((1.0, penalty),))
+
+
+def _own_params(model: nn.Module, state: ModelState) -> dict[str, Tensor]:
+    """The parameters of `state` that `model`, a part of its network, has."""
+    own = {name for name, _ in model.named_parameters()}
+    return {name: value for name, value in state.params.items() if name in own}
 
 
 def _inner_product(outputs: Tensor, cotangents: Tensor) -> Tensor:
