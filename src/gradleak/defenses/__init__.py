@@ -18,7 +18,19 @@ from gradleak.defenses.rounding import Round
 from gradleak.defenses.sign import Sign
 from gradleak.defenses.soteria import Soteria
 from gradleak.defenses.sparsify import TopK
-from gradleak.defenses.wrapped import Defense, Wrapped, difference, norm, rebased, undefended
+from gradleak.defenses.wrapped import (
+    Defense,
+    Memory,
+    Sent,
+    Wrapped,
+    advanced,
+    compensated,
+    difference,
+    informed,
+    norm,
+    rebased,
+    undefended,
+)
 from gradleak.registry import build as _build
 from gradleak.types import Mechanism
 
@@ -64,18 +76,23 @@ __all__ = [
     "Defense",
     "GaussianNoise",
     "LaplaceNoise",
+    "Memory",
     "NoDefense",
     "PartialSharing",
     "Precode",
     "Quantize",
     "RandomMask",
     "Round",
+    "Sent",
     "Sign",
     "Soteria",
     "TopK",
     "Wrapped",
+    "advanced",
     "build",
+    "compensated",
     "difference",
+    "informed",
     "norm",
     "rebased",
     "undefended",

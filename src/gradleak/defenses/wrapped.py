@@ -6,8 +6,8 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import ClassVar, Protocol, Self
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -62,10 +62,10 @@ class Separable(ABC):
     def widened(self, factor: float) -> Self | None:
         """The same density with all its noise `factor` times as wide; None if it has none."""
         found = {}
-        for field in fields(self):  # type: ignore[arg-type]  # all of them are dataclasses
-            part = getattr(self, field.name)
+        for one in fields(self):  # type: ignore[arg-type]  # all of them are dataclasses
+            part = getattr(self, one.name)
             if hasattr(part, "widened") and (wide := part.widened(factor)) is not None:
-                found[field.name] = wide
+                found[one.name] = wide
         return replace(self, **found) if found else None  # type: ignore[type-var]
 
     def __call__(self, centre: Mapping[str, Tensor], update: Mapping[str, Tensor]) -> Tensor:
@@ -262,6 +262,137 @@ class _Sent(Separable):
         return torch.zeros_like(update).masked_fill(update != 0, -math.inf)
 
 
+@dataclass(frozen=True)
+class Sent(Likely):
+    """A client that sends one given update, whatever its batch: the core of what is on its way."""
+
+    update: Update
+
+    deterministic: ClassVar[bool] = True
+
+    @property
+    def kind(self) -> UpdateKind:
+        return self.update.kind
+
+    def mean(self, state: ModelState, batch: Batch) -> Update:
+        return self.update
+
+    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
+        return self.update
+
+    def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
+        return self.update
+
+    def as_gradient(self, update: Update, *, batch_size: int) -> Update:
+        return update
+
+    def likelihood(self, *, batch_size: int) -> Likelihood:
+        raise IntractableLikelihood("an update on its way has no density")
+
+
+Memory = Mapping[str, Tensor]
+"""What a client keeps from round to round, by name; empty before its first round."""
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A layer whose client keeps something from round to round; `sample` is its first round."""
+
+    def advance(
+        self, state: ModelState, batch: Batch, memory: Memory, *, generator: torch.Generator
+    ) -> tuple[Update, Memory]:
+        """Send one round's update, and return what the client keeps for the next."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Carried(Wrapped):
+    """What lies inside a layer, for one round: it notes the memory that the round leaves."""
+
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    def mean(self, state: ModelState, batch: Batch) -> Update:
+        return self.inner.mean(state, batch)
+
+    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
+        update, kept = advanced(self.inner, state, batch, dict(self.memory), generator=generator)
+        self.memory.clear()
+        self.memory.update(kept)
+        return update
+
+
+def advanced(
+    mechanism: Mechanism,
+    state: ModelState,
+    batch: Batch,
+    memory: Memory,
+    *,
+    generator: torch.Generator,
+) -> tuple[Update, Memory]:
+    """One round of a client that may remember earlier ones.
+
+    Args:
+        mechanism: the client; at most one of its layers remembers.
+        state: broadcast state.
+        batch: the round's examples.
+        memory: what the previous round returned; empty in the first.
+        generator: the client's randomness.
+
+    Returns:
+        The update, equal to that of `sample` in the first round, and the new memory.
+    """
+    if isinstance(mechanism, Remembering):
+        return mechanism.advance(state, batch, memory, generator=generator)
+    if not isinstance(mechanism, Wrapped) or not _remembers(mechanism.inner):
+        return mechanism.sample(state, batch, generator=generator), memory
+    inside = _Carried(mechanism.inner, mechanism.rule, dict(memory))
+    update = _around(mechanism, inside).sample(state, batch, generator=generator)
+    return update, inside.memory
+
+
+def _remembers(mechanism: Mechanism) -> bool:
+    if isinstance(mechanism, Remembering):
+        return True
+    return isinstance(mechanism, Wrapped) and _remembers(mechanism.inner)
+
+
+@runtime_checkable
+class Informed(Protocol):
+    """A protection that needs examples which everybody knows, to be told before it runs."""
+
+    def informed(self, public: Batch) -> Self:
+        """The same protection, knowing some public examples."""
+        ...
+
+
+def informed(mechanism: Mechanism, public: Batch) -> Mechanism:
+    """Tell every layer that asks for them some public examples."""
+    if not isinstance(mechanism, Wrapped):
+        return mechanism
+    told: Mechanism = _around(mechanism, informed(mechanism.inner, public))
+    if isinstance(mechanism.rule, Informed):
+        object.__setattr__(told, "rule", mechanism.rule.informed(public))
+    return told
+
+
+@runtime_checkable
+class Compensating(Protocol):
+    """A protection with a part of its own at the server."""
+
+    def compensated(self, values: Mapping[str, Tensor], *, clients: int) -> dict[str, Tensor]:
+        """What the server makes of the mean of the updates of some clients."""
+        ...
+
+
+def compensated(mechanism: Mechanism, mean: Update, *, clients: int) -> Update:
+    """What the server makes of the mean update: undo layer by layer, the outermost first."""
+    while isinstance(mechanism, Wrapped):
+        if isinstance(mechanism.rule, Compensating):
+            mean = Update(mechanism.rule.compensated(mean.values, clients=clients), mean.kind)
+        mechanism = mechanism.inner
+    return mean
+
+
 def norm(update: Update) -> float:
     """L2 norm over all tensors together, in float64."""
     return math.sqrt(sum(float(v.double().square().sum()) for v in update.values.values()))
@@ -282,10 +413,16 @@ def undefended(mechanism: Mechanism) -> Mechanism:
 def rebased(mechanism: Mechanism, **changes: object) -> Mechanism:
     """Return the same onion around a changed core mechanism; unknown fields are left alone."""
     if isinstance(mechanism, Wrapped):
-        outer = copy.copy(mechanism)
-        object.__setattr__(outer, "inner", rebased(mechanism.inner, **changes))
+        outer: Mechanism = _around(mechanism, rebased(mechanism.inner, **changes))
         return outer
     if not is_dataclass(mechanism):
         return mechanism
     known = {k: v for k, v in changes.items() if hasattr(mechanism, k)}
     return replace(mechanism, **known)
+
+
+def _around(layer: Wrapped, inner: Mechanism) -> Any:
+    """The same layer around another mechanism."""
+    outer = copy.copy(layer)
+    object.__setattr__(outer, "inner", inner)
+    return outer

@@ -20,7 +20,7 @@ from gradleak.attacks import build as build_attack
 from gradleak.attacks.parts.objective import Engine
 from gradleak.attacks.recipe import Recipe
 from gradleak.data import Dataset, Split
-from gradleak.defenses import rebased
+from gradleak.defenses import informed, rebased
 from gradleak.errors import GradleakError, InvalidInput, NotApplicable
 from gradleak.priors import Gaussians
 from gradleak.run.beliefs import believed
@@ -47,7 +47,7 @@ from gradleak.types import (
 SCHEMA_VERSION = 1
 
 PUBLIC = 4096
-"""Public examples that a malicious server looks at."""
+"""Public examples that a malicious server looks at, and that protections are told of."""
 
 _GUESSED = ("diverged", "failed", "no_solution")
 
@@ -163,7 +163,7 @@ def simulate_targets(job: JobSpec, dataset: Dataset, division: Split) -> list[_T
     if job.prior_file is not None:
         file = Path(job.directory) / job.prior_file
         prior = believed(file, str(job.prior_digest), job.device)
-    mechanism = mechanism_of(job)
+    mechanism = informed(mechanism_of(job), dataset.batch(division.public[:PUBLIC]))
     spare = [] if job.spare is None else [(job.spare, -1)]
     targets = []
     for target, client in [*zip(job.targets, job.clients), *spare]:
