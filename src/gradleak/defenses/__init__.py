@@ -15,6 +15,7 @@ from gradleak.defenses.precode import Precode
 from gradleak.defenses.quantize import Quantize
 from gradleak.defenses.random_mask import RandomMask
 from gradleak.defenses.rounding import Round
+from gradleak.defenses.sheet import Sheet
 from gradleak.defenses.sign import Sign
 from gradleak.defenses.soteria import Soteria
 from gradleak.defenses.sparsify import TopK
@@ -84,6 +85,7 @@ __all__ = [
     "RandomMask",
     "Round",
     "Sent",
+    "Sheet",
     "Sign",
     "Soteria",
     "TopK",

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
+from gradleak.defenses.sheet import Sheet
 from gradleak.errors import IntractableLikelihood
 from gradleak.mechanisms.likelihood import Likely
 from gradleak.types import Batch, Likelihood, Mechanism, ModelState, Update, UpdateKind
@@ -22,6 +23,7 @@ class Defense(Protocol):
 
     id: ClassVar[str]
     title: ClassVar[str]
+    sheet: ClassVar[Sheet]
 
     def __call__(self, mechanism: Mechanism) -> Mechanism: ...
 
