@@ -16,7 +16,7 @@ class NoDefense:
     id: ClassVar[str] = "none"
     title: ClassVar[str] = "No protection"
     sheet: ClassVar[Sheet] = Sheet(
-        paper="",
+        paper="the control of every comparison",
         link="",
         promises="Nothing.",
         broken_by="every attack: it is the control",
