@@ -57,7 +57,7 @@ def client_app(settings: TrainSettings | None = None, *, mods: Sequence[Mod] = (
             raise InvalidInput(f"partition-id {client}: expected 0 to {len(made.parts) - 1}")
         return made, client
 
-    @app.train()
+    @app.train()  # type: ignore[untyped-decorator]
     def train(message: Message, context: Context) -> Message:
         """Answer the server's parameters with an update."""
         began = time.process_time()
@@ -68,7 +68,7 @@ def client_app(settings: TrainSettings | None = None, *, mods: Sequence[Mod] = (
         seconds = time.process_time() - began
         return Message(reply_of(sent, examples=examples, seconds=seconds), reply_to=message)
 
-    @app.train("gossip")
+    @app.train("gossip")  # type: ignore[untyped-decorator]
     def gossip(message: Message, context: Context) -> Message:
         """Answer the neighbours' parameters with one's own next ones."""
         began = time.process_time()

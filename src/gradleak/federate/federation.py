@@ -80,7 +80,7 @@ class Federation:
         network = template(state.model, core.batch_norm)
         right = total = 0.0
         with torch.no_grad():
-            for indices in chosen.split(500):
+            for indices in torch.split(chosen, 500):
                 batch = self.dataset.batch(indices)
                 logits = functional_call(
                     network, {**state.params, **state.buffers}, (batch.inputs,), strict=False

@@ -18,7 +18,7 @@ RAISED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 FIRST_NODE = SUPERLINK_NODE_ID + 1
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(Grid):  # type: ignore[misc]
     """Runs the app of every node in turn, as Flower's simulation does in its actors.
 
     A node keeps its `Context` from message to message, and gets copies of what is sent to it. A

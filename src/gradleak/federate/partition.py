@@ -66,8 +66,8 @@ class Dirichlet:
             )
         draws = np.random.default_rng(generator.initial_seed())
         parts: list[list[int]] = [[] for _ in range(clients)]
-        for label in labels.unique():
-            own = draws.permutation(torch.nonzero(labels == label)[:, 0].numpy())
+        for label in np.unique(labels.numpy()):
+            own = draws.permutation(np.flatnonzero(labels.numpy() == label))
             shares = draws.dirichlet([self.alpha] * clients)
             cuts = (shares.cumsum()[:-1] * len(own)).astype(int)
             for part, piece in zip(parts, np.split(own, cuts), strict=True):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from torch import Tensor
@@ -18,15 +21,43 @@ ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 
 EXAMPLES, SECONDS = "num-examples", "cpu-seconds"
 
+NUMPY = "numpy.ndarray"
+"""How Flower names arrays in NumPy's format."""
+
 
 def arrays_of(values: Mapping[str, Tensor]) -> ArrayRecord:
     """Tensors by name as a record."""
-    return ArrayRecord({k: Array(v.detach().cpu().numpy()) for k, v in values.items()})
+    return ArrayRecord({k: _array(v.detach().cpu().numpy()) for k, v in values.items()})
 
 
 def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
     """The tensors in a record, by name; writable."""
-    return {k: torch.from_numpy(array.numpy().copy()) for k, array in record.items()}
+    return {k: torch.from_numpy(_numpy(array)) for k, array in record.items()}
+
+
+def _array(values: np.ndarray) -> Array:
+    """What `Array(values)` is; NumPy's header is written once per form, not once per round."""
+    data = _header(values.dtype.str, values.shape) + values.tobytes()
+    return Array(str(values.dtype), values.shape, NUMPY, data)
+
+
+def _numpy(array: Array) -> np.ndarray:
+    """A copy of what `array.numpy()` is, without parsing the header that we would have written."""
+    header = _header(np.dtype(array.dtype).str, tuple(array.shape))
+    if array.stype != NUMPY or not array.data.startswith(header):
+        return np.array(array.numpy())
+    flat = np.frombuffer(array.data, dtype=array.dtype, offset=len(header))
+    return flat.reshape(array.shape).copy()
+
+
+@lru_cache(maxsize=256)
+def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """NumPy's header of an array that lies row by row."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": dtype, "fortran_order": False, "shape": shape}
+    )
+    return file.getvalue()
 
 
 def stored(state: ModelState) -> dict[str, Tensor]:

@@ -89,7 +89,7 @@ def server_app(made: Federation, kept: Checkpoint, watcher: Watcher) -> ServerAp
     """The server's app: every round is tested and kept before the next begins."""
     app = ServerApp()
 
-    @app.main()
+    @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
         settings, done = made.settings, len(kept.rounds)
         star = not made.edges
