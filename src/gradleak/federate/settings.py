@@ -56,7 +56,7 @@ class TrainSettings:
     fraction: float = 1.0
     min_clients: int = 1
     partition: str = "iid"
-    learning_rate: float = 1.0
+    learning_rate: float = 0.1
     schedule: str = "constant"
     topology: str = "star"
     test_examples: int = 1000

@@ -8,14 +8,14 @@ import logging
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from gradleak.auditing import cores, environment
-from gradleak.errors import InvalidInput
+from gradleak.errors import InvalidInput, nearest
 from gradleak.federate.checkpoint import Checkpoint
 from gradleak.federate.client import MEMORY, client_app
 from gradleak.federate.federation import Federation, federation
@@ -24,7 +24,7 @@ from gradleak.federate.records import arrays_of, state_of, stored, tensors_of
 from gradleak.federate.server import Neighbours, Rounds, Stopped, under
 from gradleak.federate.settings import TrainSettings
 
-Engine = Literal["in-process", "flower"]
+ENGINES = ("in-process", "flower")
 
 
 class Watcher(Protocol):
@@ -42,7 +42,8 @@ def train(
     settings: TrainSettings,
     *,
     out: Path,
-    engine: Engine = "in-process",
+    engine: str = "in-process",
+    record_to: Path | None = None,
     watcher: Watcher | None = None,
 ) -> dict[str, Any]:
     """Train, or go on where an earlier run of the same training was stopped.
@@ -53,6 +54,8 @@ def train(
         engine: "in-process" runs one client after another here, and what protections remember
             survives a restart; "flower" runs them in Flower's simulation on Ray, where a restart
             begins with an empty memory.
+        record_to: directory of a recording of what the curious server sees; in a gossip, of what
+            the neighbours of the topology's attacker show it.
         watcher: told after every round.
 
     Returns:
@@ -62,11 +65,13 @@ def train(
         InvalidInput: settings that make no sense, or `out` holds another training.
         Stopped: it cannot go on; training.json says why.
     """
+    if engine not in ENGINES:
+        raise InvalidInput(f"--engine {engine!r}: {nearest(engine, ENGINES)}")
     made = federation(settings)
     kept = Checkpoint(out, _about(settings))
     if kept.record["status"] == "done":
         return kept.record
-    server = server_app(made, kept, watcher or _Unwatched())
+    server = server_app(made, kept, watcher or _Unwatched(), record_to=record_to)
     client = client_app(settings)
     try:
         with _quiet():
@@ -85,7 +90,9 @@ def train(
     return kept.record
 
 
-def server_app(made: Federation, kept: Checkpoint, watcher: Watcher) -> ServerApp:
+def server_app(
+    made: Federation, kept: Checkpoint, watcher: Watcher, *, record_to: Path | None = None
+) -> ServerApp:
     """The server's app: every round is tested and kept before the next begins."""
     app = ServerApp()
 
@@ -96,6 +103,9 @@ def server_app(made: Federation, kept: Checkpoint, watcher: Watcher) -> ServerAp
         strategy = (
             Rounds(made, done=done) if star else Neighbours(made, done=done, tensors=kept.tensors)
         )
+
+        if record_to is not None:
+            strategy.recorded(record_to)
 
         def tested(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             if server_round == 0:
