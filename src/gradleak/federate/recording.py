@@ -64,8 +64,8 @@ class Recorder:
             return aggregate(server_round, received, **named)
 
         # On the object itself, for a strategy may have a `start` of its own.
-        strategy.configure_train = configured  # type: ignore[method-assign]
-        strategy.aggregate_train = aggregated  # type: ignore[method-assign]
+        strategy.configure_train = configured
+        strategy.aggregate_train = aggregated
         return strategy
 
     def _keep(self, seen: list[_Seen]) -> None:

@@ -226,6 +226,8 @@ def _entry(path: Path, position: int, raw: Any) -> Entry:
     for name in ("broadcast", "reply"):
         if Path(raw[name]).name != raw[name]:
             raise CorruptFile(f"{where}: {name} {raw[name]!r} lies outside the recording")
+    if not raw["node"].isdecimal():
+        raise CorruptFile(f"{where}: node {raw['node']!r}, expected digits")
     if raw["kind"] not in ("gradient", "delta"):
         raise CorruptFile(f"{where}: kind {raw['kind']!r}, expected 'gradient' or 'delta'")
     return Entry(**{name: raw[name] for name in _KINDS})
@@ -243,8 +245,7 @@ def _write_manifest(directory: Path, entries: Sequence[Entry]) -> None:
 
 def _image(tensors: Mapping[str, Tensor]) -> bytes:
     whole = {
-        k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for k, v in tensors.items()
+        k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()
     }
     return safetensors.torch.save(whole)
 
