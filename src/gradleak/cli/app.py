@@ -126,6 +126,18 @@ Bounds = Annotated[
 Memory = Annotated[
     float | None, _option("GB that all workers together may use [what is free]", _EFFORT)
 ]
+Recorded = Annotated[
+    str | None, _option("directory of `gradleak.federate.record` to attack", "Recorded updates")
+]
+Truth = Annotated[
+    str | None,
+    _option(
+        "what its clients trained on, as safetensors: to score; with --data", "Recorded updates"
+    ),
+]
+DataSpecFile = Annotated[
+    str | None, _option("TOML: shape, classes, bounds of the data", "Recorded updates")
+]
 Ray = Annotated[
     str | None,
     _option("run trials on a Ray cluster: HOST:PORT, auto, or local to start one", _EFFORT),
@@ -185,10 +197,13 @@ def audit(
     ray: Ray = None,
     out: Out = None,
     fail_on: FailOn = None,
+    recorded: Recorded = None,
+    truth: Truth = None,
+    data_spec: DataSpecFile = None,
     config: Config = None,
     quiet: Quiet = False,
 ) -> None:
-    """Attack simulated clients' updates, with and without protections, and report what leaks."""
+    """Attack simulated or recorded clients' updates, and report what leaks."""
     given = _given(locals())
     from gradleak.run.settings import read_config
 
@@ -518,23 +533,30 @@ def main() -> None:
 
 def _audit(given: dict[str, Any], *, one: str | None = None) -> None:
     """Run an audit, or the single attack `one`, and end with the exit status it deserves."""
-    from gradleak.auditing import Unwatched, run_audit
+    from gradleak.auditing import Unwatched, check_unrecorded, run_audit
     from gradleak.cli.progress import Bar
     from gradleak.cli.tables import print_report
+    from gradleak.recorded_audit import RecordedAudit, run_recorded
     from gradleak.run import AuditSettings
 
     if one is not None:
         given = given | {"attack": [one]}
-    settings = AuditSettings.of(given)
+    request = RecordedAudit.of(given) if "recorded" in given else None
+    if request is None:
+        check_unrecorded(given)
+    settings = AuditSettings.of(given) if request is None else request.settings
     bar = contextlib.nullcontext(Unwatched()) if settings.quiet else Bar()
     with bar as watcher:
-        outcome = run_audit(
-            settings,
-            given=given,
-            watcher=watcher,
-            undefended=one is None,
-            verb="audit" if one is None else "attack",
-        )
+        if request is not None:
+            outcome = run_recorded(request, watcher=watcher)
+        else:
+            outcome = run_audit(
+                settings,
+                given=given,
+                watcher=watcher,
+                undefended=one is None,
+                verb="audit" if one is None else "attack",
+            )
     print_report(outcome)
     for line in outcome.violations:
         typer.echo(f"error: {line}", err=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradleak.report.findings import as_given
+from gradleak.report.wording import attack
 
 if TYPE_CHECKING:
     from gradleak.auditing import LeakageReport
@@ -36,7 +37,7 @@ def print_report(report: LeakageReport) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
     for finding in report.findings:
-        row = [as_given(finding), finding["attack"], *_numbers(finding), _verdict(finding)]
+        row = [as_given(finding), attack(finding), *_numbers(finding), _verdict(finding)]
         table.add_row(*([_setting(finding)] if several else []), *row)
     out = console()
     out.print(table)
@@ -138,4 +139,6 @@ def _verdict(finding: Mapping[str, Any]) -> str:
         return "ERROR"
     if finding["state"] == "measured":
         return str(finding["verdict"])
+    if finding["state"] == "unscored":
+        return "unscored"
     return f"{finding['state'].replace('_', ' ')}: {finding['reason']}"
