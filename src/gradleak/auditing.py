@@ -34,6 +34,7 @@ from gradleak.run.jobs import (
     defense_spec,
     derive,
     device_of,
+    mechanism_of,
     plan,
     version,
 )
@@ -41,8 +42,8 @@ from gradleak.run.memory import Arrangement, arranged, free_memory, needed
 from gradleak.run.settings import KNOWN_BY_DEFAULT, AuditSettings, Condition, option
 from gradleak.run.states import Broadcast
 from gradleak.run.store import Store, read_json, write_whole
-from gradleak.run.trial import Trial, divide, load_data, mechanism_of, settle_engine, targets_of
-from gradleak.types import Fact, ModelState
+from gradleak.run.trial import Trial, divide, load_data, settle_engine, targets_of
+from gradleak.types import DataSpec, Fact, ModelState
 
 SCHEMA_VERSION = 1
 RESULT = "result.json"
@@ -151,11 +152,15 @@ def audit(
     ray: str | None = None,
     out: str | Path | None = None,
     fail_on: str | Sequence[str] | None = None,
+    recorded: str | Path | None = None,
+    truth: str | Path | None = None,
+    data_spec: str | Path | None = None,
 ) -> LeakageReport:
     """Simulate clients, attack their updates with and without protections, and write a report.
 
     Every argument is an option of `gradleak audit` and means the same; None takes the default.
-    `none` is always added to the protections. Calling again with equal arguments resumes.
+    `none` is always added to the protections. With `recorded`, what a server kept of real clients
+    is attacked instead. Calling again with equal arguments resumes.
 
     Raises:
         InvalidInput: an argument makes no sense; the message is one line.
@@ -191,7 +196,20 @@ def audit(
         "fail_on": fail_on,
     }
     given = {name: value for name, value in arguments.items() if value is not None}
+    own = {"recorded": recorded, "truth": truth, "data_spec": data_spec}
+    if recorded is not None:
+        from gradleak.recorded_audit import RecordedAudit, run_recorded
+
+        return run_recorded(RecordedAudit.of(given | {k: v for k, v in own.items() if v}))
+    check_unrecorded(name for name, value in own.items() if value is not None)
     return run_audit(AuditSettings.of(given), given=given)
+
+
+def check_unrecorded(given: Iterable[str]) -> None:
+    """Refuse options that make sense for a recording alone."""
+    for name in given:
+        if name in ("truth", "data_spec"):
+            raise InvalidInput(f"{option(name)}: expected --recorded, the directory of a recording")
 
 
 def run_audit(
@@ -215,14 +233,12 @@ def run_audit(
         InvalidInput: the request makes no sense.
         WorkersFailed: worker processes do not start.
     """
-    from gradleak.report.html import render
-
     started = time.monotonic()
     given = list(given)
     watcher = watcher or Unwatched()
     if undefended and "none" not in settings.defense:
         settings = dataclasses.replace(settings, defense=("none", *settings.defense))
-    _check_names(settings)
+    check_names(settings)
     directory = Path(settings.out)
     watcher.preparing("loading data")
     load_data.cache_clear()  # a folder may have changed since an earlier run in this process
@@ -232,9 +248,15 @@ def run_audit(
     # Says what does not fit before anything is written; the states are not needed for that.
     unprepared = dict.fromkeys(_stages(settings), Broadcast("", ""))
     jobs = plan(settings, dataset, division, states=unprepared)
-    _check_directory(directory)
+    check_directory(directory)
+    resident = dataset.images.nbytes + dataset.labels.nbytes
+    resident += 4 * len(division.public) * dataset.images[0].numel()  # the public half in float32
     arrange = functools.partial(
-        _arranged, settings, state=ModelState.of(network), dataset=dataset, division=division
+        arranged_jobs,
+        settings,
+        state=ModelState.of(network),
+        spec=dataset.spec,
+        resident=resident,
     )
     if not (directory / RESULT).exists():
         _check_cluster(settings)
@@ -243,21 +265,57 @@ def run_audit(
         prepared = _prepare_states(settings, network, dataset, division, watcher=watcher)
         belief, auditors = _prepare_priors(settings, dataset, division, watcher=watcher)
         jobs = plan(settings, dataset, division, states=prepared, belief=belief, auditors=auditors)
-        clock = _Clock(started, store, jobs)
-        _run(settings, jobs, store, watcher=watcher, arrange=arrange, clock=clock)
-        records = [store.records[job.key] for job in jobs]
-        watcher.preparing("writing the report")
-        result = _result(
+        described = settings.describe(given)
+        for side in described.values():
+            if "prior" in side:
+                side["prior"] = belief and belief.spec
+                side["prior_digest"] = belief and belief.digest
+        return carry_out(
             settings,
-            records,
-            given=given,
-            belief=belief,
-            command=command_line(settings, given, verb=verb),
-            seconds=clock(),
+            jobs,
+            store,
+            watcher=watcher,
+            arrange=arrange,
+            started=started,
+            about={
+                "command": command_line(settings, given, verb=verb),
+                "settings": described,
+                "not_tested": not_tested(settings),
+            },
         )
-        write_whole(directory / RESULT, jsonsafe.dumps(result, indent=1) + "\n")
-        render(directory)
-    return LeakageReport(directory, result)
+
+
+def carry_out(
+    settings: AuditSettings,
+    jobs: Sequence[JobSpec],
+    store: Store,
+    *,
+    watcher: Watcher,
+    arrange: Callable[[Sequence[JobSpec]], Arrangement],
+    started: float,
+    about: Mapping[str, Any],
+) -> LeakageReport:
+    """Run the jobs that the store lacks, and write `result.json` and `report.html`.
+
+    Args:
+        settings: how to run.
+        jobs: all of the audit.
+        store: open in the audit's directory.
+        watcher: told how far it is.
+        arrange: makes jobs fit into memory.
+        started: when the audit began, on the monotonic clock.
+        about: what the result says of the request.
+    """
+    from gradleak.report.html import render
+
+    clock = _Clock(started, store, jobs)
+    _run(settings, jobs, store, watcher=watcher, arrange=arrange, clock=clock)
+    records = [store.records[job.key] for job in jobs]
+    watcher.preparing("writing the report")
+    result = _result(settings, records, about=about, seconds=clock())
+    write_whole(store.directory / RESULT, jsonsafe.dumps(result, indent=1) + "\n")
+    render(store.directory)
+    return LeakageReport(store.directory, result)
 
 
 def command_line(settings: AuditSettings, given: Iterable[str], *, verb: str = "audit") -> str:
@@ -281,7 +339,7 @@ def command_line(settings: AuditSettings, given: Iterable[str], *, verb: str = "
     return shlex.join(words)
 
 
-def _check_names(settings: AuditSettings) -> None:
+def check_names(settings: AuditSettings) -> None:
     """Find slips of the keyboard before any file is read."""
     device_of(settings)
     for spec in settings.attack:
@@ -308,7 +366,7 @@ def _stages(settings: AuditSettings) -> tuple[str, ...]:
     return tuple(dict.fromkeys(settings.stage or ("init",)))
 
 
-def _check_directory(directory: Path) -> None:
+def check_directory(directory: Path) -> None:
     """Refuse to write over a `result.json` that is not ours."""
     path = directory / RESULT
     if not path.exists():
@@ -370,24 +428,22 @@ def _prepare_priors(
     )
 
 
-def _arranged(
+def arranged_jobs(
     settings: AuditSettings,
     jobs: Sequence[JobSpec],
     *,
     state: ModelState,
-    dataset: Dataset,
-    division: Split,
+    spec: DataSpec,
+    resident: int,
 ) -> Arrangement:
-    """Make the jobs fit into memory, or refuse."""
+    """Make the jobs fit into memory beside `resident` bytes of data, or refuse."""
     device = jobs[0].device
-    resident = dataset.images.nbytes + dataset.labels.nbytes
-    resident += 4 * len(division.public) * dataset.images[0].numel()  # the public half in float32
     needs = [
         needed(
             build_attack(job.attack_spec),
             mechanism_of(job),
             state,
-            dataset.spec,
+            spec,
             batch_size=job.batch_size,
             targets=len(job.targets) + (job.spare is not None),
             data=resident,
@@ -526,9 +582,7 @@ def _result(
     settings: AuditSettings,
     records: Sequence[Mapping[str, Any]],
     *,
-    given: Sequence[str],
-    belief: Belief | None,
-    command: str,
+    about: Mapping[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
     from gradleak.report.findings import findings, headline
@@ -536,17 +590,11 @@ def _result(
     found = findings(records)
     conditions = [Condition.parse(text) for text in settings.fail_on]
     held = {c.text: c.holding(found) for c in conditions}
-    described = settings.describe(given)
-    for side in described.values():
-        if "prior" in side:
-            side["prior"] = belief and belief.spec
-            side["prior_digest"] = belief and belief.digest
     return {
         "schema_version": SCHEMA_VERSION,
         "gradleak_version": version(),
         "headline": headline(found),
-        "command": command,
-        "settings": described,
+        **about,
         "environment": environment(device_of(settings)),
         "seconds": seconds,
         "fail_on": [
@@ -554,7 +602,6 @@ def _result(
             for c in conditions
         ],
         "failed": list(dict.fromkeys(r["finding"] for r in records if r["state"] == "error")),
-        "not_tested": not_tested(settings),
         "findings": found,
     }
 

@@ -1,7 +1,7 @@
 """Commands and options of `gradleak`.
 
 Exit status: 0 done, 1 a --fail-on condition holds or an inspected network looks crafted,
-2 invalid request, 3 trials failed to run or an attack beat what is proved, 130 interrupted.
+2 invalid request, 3 trials failed to run, an attack beat what is proved or training cannot go on, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ _UsageError: type[Exception] = next(
     c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
 )
 
-_COMMANDS = ("audit", "attack", "inspect", "list", "prior", "report", "reproduce")
+_COMMANDS = ("audit", "attack", "inspect", "list", "prior", "report", "reproduce", "train")
 
 _SCENARIO, _ATTACKER, _EFFORT, _OUTPUT = "What is audited", "Who attacks", "Effort", "Output"
+_TRAINED = "What is trained"
 
 
 def _option(text: str, panel: str, *names: str, metavar: str | None = None) -> Any:
@@ -125,6 +126,18 @@ Bounds = Annotated[
 Memory = Annotated[
     float | None, _option("GB that all workers together may use [what is free]", _EFFORT)
 ]
+Recorded = Annotated[
+    str | None, _option("directory of `gradleak.federate.record` to attack", "Recorded updates")
+]
+Truth = Annotated[
+    str | None,
+    _option(
+        "what its clients trained on, as safetensors: to score; with --data", "Recorded updates"
+    ),
+]
+DataSpecFile = Annotated[
+    str | None, _option("TOML: shape, classes, bounds of the data", "Recorded updates")
+]
 Ray = Annotated[
     str | None,
     _option("run trials on a Ray cluster: HOST:PORT, auto, or local to start one", _EFFORT),
@@ -184,10 +197,13 @@ def audit(
     ray: Ray = None,
     out: Out = None,
     fail_on: FailOn = None,
+    recorded: Recorded = None,
+    truth: Truth = None,
+    data_spec: DataSpecFile = None,
     config: Config = None,
     quiet: Quiet = False,
 ) -> None:
-    """Attack simulated clients' updates, with and without protections, and report what leaks."""
+    """Attack simulated or recorded clients' updates, and report what leaks."""
     given = _given(locals())
     from gradleak.run.settings import read_config
 
@@ -314,6 +330,89 @@ def inspect_command(
         raise typer.Exit(CONDITION_HOLDS)
 
 
+@app.command("train")
+def train_command(
+    data: Data = None,
+    data_dir: DataDir = None,
+    model: Model = None,
+    mechanism: Annotated[
+        str | None,
+        _option("fedsgd, or fedavg:epochs=1,minibatch_size=32,... [fedsgd]", _TRAINED),
+    ] = None,
+    defense: Annotated[
+        str | None, _option("protections of every client, ID:field=value,... [none]", _TRAINED)
+    ] = None,
+    clients: Annotated[int | None, _option("how many share the data [10]", _TRAINED)] = None,
+    rounds: Annotated[int | None, _option("of training [100]", _TRAINED)] = None,
+    batch_size: Annotated[
+        int | None, _option("examples of a client and round, 0 for all it has [32]", _TRAINED)
+    ] = None,
+    fraction: Annotated[
+        float | None, _option("share of the clients asked in a round [1]", _TRAINED)
+    ] = None,
+    min_clients: Annotated[
+        int | None, _option("usable updates without which training stops [1]", _TRAINED)
+    ] = None,
+    partition: Annotated[
+        str | None, _option("of the data: iid or dirichlet:ALPHA [iid]", _TRAINED)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, _option("the server's, on gradients [0.1]", _TRAINED)
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        _option("constant, step:every=N,factor=X or cosine:floor=X [constant]", _TRAINED),
+    ] = None,
+    topology: Annotated[
+        str | None,
+        _option("star, or gossip:graph=ring|regular|complete,degree=N [star]", _TRAINED),
+    ] = None,
+    test_examples: Annotated[
+        int | None, _option("public examples that every round is tested on [1000]", _EFFORT)
+    ] = None,
+    timeout: Annotated[
+        float | None, _option("seconds that a round waits for its clients [3600]", _EFFORT)
+    ] = None,
+    seed: Seed = None,
+    engine: Annotated[
+        str, _option("in-process, or flower: its simulation on Ray [in-process]", _EFFORT)
+    ] = "in-process",
+    record: Annotated[
+        str | None, _option("keep here what the server sees, for audit --recorded", _OUTPUT)
+    ] = None,
+    out: Annotated[
+        str, _option("directory; the same one resumes", _OUTPUT, metavar="DIR")
+    ] = "gradleak-training",
+    quiet: Quiet = False,
+) -> None:
+    """Train federated clients under a protection: accuracy, time and bytes of every round."""
+    given = _given(locals())
+    for name in ("engine", "record", "out", "quiet"):
+        given.pop(name, None)
+    for name in ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED"):
+        os.environ.setdefault(name, "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    try:
+        import flwr  # noqa: F401
+    except ImportError:
+        raise InvalidInput("train needs Flower: pip install 'gradleak[federate]'") from None
+    from gradleak.cli.progress import Bar
+    from gradleak.cli.tables import print_training
+    from gradleak.federate.settings import TrainSettings
+    from gradleak.federate.training import train
+
+    bar = contextlib.nullcontext() if quiet else Bar(verb="training", unit="rounds")
+    with bar as watcher:
+        trained = train(
+            TrainSettings.of(given),
+            out=Path(out),
+            engine=engine,
+            record_to=None if record is None else Path(record),
+            watcher=watcher,
+        )
+    print_training(trained, Path(out))
+
+
 @prior_app.command("train")
 def prior_train(
     identifier: Annotated[
@@ -434,23 +533,30 @@ def main() -> None:
 
 def _audit(given: dict[str, Any], *, one: str | None = None) -> None:
     """Run an audit, or the single attack `one`, and end with the exit status it deserves."""
-    from gradleak.auditing import Unwatched, run_audit
+    from gradleak.auditing import Unwatched, check_unrecorded, run_audit
     from gradleak.cli.progress import Bar
     from gradleak.cli.tables import print_report
+    from gradleak.recorded_audit import RecordedAudit, run_recorded
     from gradleak.run import AuditSettings
 
     if one is not None:
         given = given | {"attack": [one]}
-    settings = AuditSettings.of(given)
+    request = RecordedAudit.of(given) if "recorded" in given else None
+    if request is None:
+        check_unrecorded(given)
+    settings = AuditSettings.of(given) if request is None else request.settings
     bar = contextlib.nullcontext(Unwatched()) if settings.quiet else Bar()
     with bar as watcher:
-        outcome = run_audit(
-            settings,
-            given=given,
-            watcher=watcher,
-            undefended=one is None,
-            verb="audit" if one is None else "attack",
-        )
+        if request is not None:
+            outcome = run_recorded(request, watcher=watcher)
+        else:
+            outcome = run_audit(
+                settings,
+                given=given,
+                watcher=watcher,
+                undefended=one is None,
+                verb="audit" if one is None else "attack",
+            )
     print_report(outcome)
     for line in outcome.violations:
         typer.echo(f"error: {line}", err=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from gradleak.report.findings import as_given
+from gradleak.report.wording import attack
 
 if TYPE_CHECKING:
     from gradleak.auditing import LeakageReport
@@ -35,7 +37,7 @@ def print_report(report: LeakageReport) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
     for finding in report.findings:
-        row = [as_given(finding), finding["attack"], *_numbers(finding), _verdict(finding)]
+        row = [as_given(finding), attack(finding), *_numbers(finding), _verdict(finding)]
         table.add_row(*([_setting(finding)] if several else []), *row)
     out = console()
     out.print(table)
@@ -44,6 +46,31 @@ def print_report(report: LeakageReport) -> None:
         out.print("(≤ …): proved, whatever the attack", highlight=False)
     out.print(report.headline, soft_wrap=True, highlight=False, markup=False)
     out.print(f"Report: {report.page}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_training(training: Mapping[str, Any], directory: Path) -> None:
+    """Print what a federated training reached, and what a round of it cost."""
+    rounds = training["rounds"]
+
+    def mean(name: str) -> float:
+        return sum(float(r[name]) for r in rounds) / len(rounds)
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    settings = training["settings"]
+    table.add_row("training", f"{settings['data']}, {settings['model']}, {settings['mechanism']}")
+    table.add_row("protection", settings["defense"])
+    table.add_row("clients", f"{settings['clients']}, {settings['partition']}")
+    table.add_row("accuracy", f"{training['accuracy']:.2%} of {training['test_examples']} examples")
+    table.add_row("rounds", str(len(rounds)))
+    for name, unit in (("seconds", "s"), ("client_seconds", "s CPU"), ("server_seconds", "s CPU")):
+        table.add_row(f"{name.replace('_', ' ')} per round", f"{mean(name):.3g} {unit}")
+    for name in ("bytes_up", "bytes_down"):
+        table.add_row(f"{name.replace('_', ' ')} per round", f"{mean(name):.0f}")
+    failed = sum(len(r["failed"]) for r in rounds)
+    table.add_row("updates of no use", f"{failed} of {sum(r['clients'] for r in rounds)}")
+    out = console()
+    out.print(table)
+    out.print(f"Written to: {directory}", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_claim(claim: Claim) -> None:
@@ -112,4 +139,6 @@ def _verdict(finding: Mapping[str, Any]) -> str:
         return "ERROR"
     if finding["state"] == "measured":
         return str(finding["verdict"])
+    if finding["state"] == "unscored":
+        return "unscored"
     return f"{finding['state'].replace('_', ' ')}: {finding['reason']}"

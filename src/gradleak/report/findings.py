@@ -159,7 +159,12 @@ def headline(found: Sequence[Finding]) -> str:
     """Say in one sentence what the server recovers, undefended first, then per protection."""
     measured = [f for f in found if f["state"] == "measured"]
     if not measured:
-        return "Nothing could be measured: no attack ran to an end."
+        claims = sum(len(f["targets"]) for f in found if f["state"] == "unscored")
+        return (
+            f"{claims} claims on recorded updates, none scored: no truth was given."
+            if claims
+            else "Nothing could be measured: no attack ran to an end."
+        )
     worst = {spec: max(group, key=_leakage) for spec, group in _by_defense(measured).items()}
     clauses: list[str] = []
     for spec, finding in sorted(worst.items(), key=lambda item: item[1]["defense"] != "none"):
@@ -294,6 +299,13 @@ def _finding(name: str, records: Sequence[Mapping[str, Any]], *, foretold: _Fore
         "targets": [],
         "tensors": _unique(str(r["tensors"]) for r in records if r.get("tensors")),
     }
+    if "unscored" in states:
+        claimed = [t for r in records for t in _targets(r)]
+        finding["state"] = "unscored"
+        finding["targets"] = [_public(t, None) for t in claimed]
+        finding["trials"]["run"] = len(claimed)
+        finding["reason"] = finding["reason"] or "no truth was given: claims are not scored"
+        return finding
     attempted = [r for r in records if r["state"] in ("measured", "error")]
     targets = [t for r in attempted for t in _targets(r)]
     if "measured" not in states or not any(t.scores or t.guess for t in targets):

@@ -70,9 +70,9 @@ def load(directory: Path, places: Sequence[tuple[str | None, int]]) -> Stored:
         except (OSError, SafetensorError):
             return Stored({}, f"{name} is missing or damaged")
     roles = [role for role in ROLES if files and all(role in file for file in files.values())]
-    if "truth" not in roles:
+    if "claim" not in roles:
         return Stored({}, "none were stored")
-    shape = next(iter(files.values()))["truth"].shape[1:]
+    shape = next(iter(files.values()))["claim"].shape[1:]
     images: dict[str, Images] = {}
     for role in roles:
         rows = []
@@ -81,8 +81,11 @@ def load(directory: Path, places: Sequence[tuple[str | None, int]]) -> Stored:
             row = row if path else 0
             if stored.ndim != 5 or stored.shape[1:] != shape or not 0 <= row < len(stored):
                 return Stored({}, "the stored tensors are not images of one shape, one per target")
+            if role == "original" or "truth" not in roles:
+                rows.append(stored[row])
+                continue
             truth = files[path]["truth"][row] if path else stored[0]
-            rows.append(stored[row] if role == "original" else _aligned(stored[row], truth))
+            rows.append(_aligned(stored[row], truth))
         images[role] = torch.stack(rows).to(torch.float64).numpy()
     return Stored(images)
 

@@ -88,7 +88,9 @@ _FINDING: dict[str, Any] = {
     "required": ["id", "state", "scenario", "attack", "defense"],
     "properties": {
         "id": _TEXT,
-        "state": {"enum": ["measured", "inconclusive", "not_applicable", "not_run", "error"]},
+        "state": {
+            "enum": ["measured", "inconclusive", "unscored", "not_applicable", "not_run", "error"]
+        },
         "scenario": {"type": "object", "required": ["data", "model"]},
         "threat": {
             "type": "object",

@@ -55,7 +55,7 @@ class Finding:
     def __init__(self, raw: Json, directory: Path) -> None:
         self.raw = raw
         self.id: str = raw["id"]
-        self.attack: str = raw["attack"]
+        self.attack = wording.attack(raw)
         self.spec: str = raw.get("defense_spec") or raw["defense"]
         self.name, self.fields = wording.protection(self.spec)
         self.setting = wording.setting(raw["scenario"])
@@ -256,6 +256,25 @@ class Finding:
             )
         return rows
 
+    def claims(self, *, pictured: int) -> list[Row]:
+        """The targets in their order, where nothing is known but the claim."""
+        images = self._stored().images.get("claim")
+        return [
+            Row(
+                cells=(
+                    str(target.get("client", index)),
+                    target["status"].replace("_", " "),
+                    wording.significant(target.get("objective")),
+                    target.get("message") or "",
+                ),
+                picture=None
+                if images is None or index >= pictured
+                else pictures.mosaic(images[index]),
+                alt=f"Claim by {self.attack} on client {target.get('client', index)}",
+            )
+            for index, target in enumerate(self.targets[:ROWS])
+        ]
+
     @property
     def spread(self) -> list[tuple[str, str]]:
         """How PSNR is spread over images, and what an oracle's guess reaches, as (name, value)."""
@@ -364,6 +383,16 @@ class Report:
         """What was done, for a reader who meets the tool for the first time."""
         settings = self.settings_named
         where = settings[0] if len(settings) == 1 else wording.plural(len(settings), "setting")
+        if self.result.get("recorded"):
+            return (
+                f"gradleak attacked what a server recorded of real clients ({where or 'none'})"
+                + (
+                    ", and compared what its attacks reconstruct with the truth that the auditor "
+                    "gave for scoring alone, with a guess and with a control."
+                    if self.measured
+                    else "; without the truth, the claims below are for the clients to judge."
+                )
+            )
         return (
             f"gradleak simulated clients with known private data ({where or 'none'}), showed the "
             "server only what a client sends, and compared what its attacks reconstruct with the "
@@ -612,6 +641,17 @@ class Report:
         return [(name, value) for name, value, _ in _settings(self.result["environment"])]
 
     @property
+    def claims(self) -> list[tuple[Finding, list[Row]]]:
+        """Claims that nothing was there to score with, by finding."""
+        found = []
+        left = STRIPS
+        for finding in (f for f in self.findings if f.state == "unscored"):
+            rows = finding.claims(pictured=left)
+            left -= sum(row.picture is not None for row in rows)
+            found.append((finding, rows))
+        return found
+
+    @property
     def details(self) -> Iterable[tuple[Finding, list[Row], bool]]:
         """Every measured finding with its targets, pictured until the page's budget is spent."""
         left = STRIPS
@@ -685,7 +725,7 @@ def _rank(category: object) -> tuple[float, str]:
     named = {"init": 0.0, "early": 100.0, "trained": math.inf}
     text = str(category)
     try:
-        return (named[text] if text in named else float(text), text)
+        return (named[text] if text in named else float(text.rpartition("-")[2]), text)
     except ValueError:
         return (math.inf, text)
 

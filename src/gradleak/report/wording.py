@@ -15,6 +15,7 @@ VERDICTS = {
     "untested": "Not tested",
 }
 STATES = {
+    "unscored": "Claimed, not scored",
     "not_applicable": "Not applicable",
     "not_run": "Not run",
     "error": "Failed to run",
@@ -100,6 +101,12 @@ def seconds(value: object) -> str:
     if value < 120:
         return f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+def attack(finding: Json) -> str:
+    """The attack, and whether it did not know of the protection that it met."""
+    aware = finding.get("adaptive", True) or finding["defense"] == "none"
+    return str(finding["attack"]) + ("" if aware else " (unaware)")
 
 
 def protection(spec: str) -> tuple[str, str]:

@@ -77,6 +77,9 @@ class JobSpec:
         bounds_file: prior by which the auditor scores the targets, relative to `directory`; None
             where another job scores them, or none.
         bounds_digest: content of that file.
+        updates: recorded updates that are attacked instead of simulated clients', relative to
+            `directory`; `data` is then the pool they are scored with, empty where there is none.
+        updates_digest: content of that file.
         device: "cpu" or "cuda".
         engine: how the attack is vectorised.
         trials_at_once: most trials that memory lets step together.
@@ -117,6 +120,8 @@ class JobSpec:
     ceiling: bool
     bounds_file: str | None
     bounds_digest: str | None
+    updates: str | None = None
+    updates_digest: str | None = None
     device: str
     engine: Engine | None = None
     trials_at_once: int | None = None
@@ -139,7 +144,7 @@ class JobSpec:
         content = self.to_json()
         for name in (
             "key", "directory", "data", "data_dir", "state", "prior_file", "bounds_file",
-            "engine", "trials_at_once",
+            "updates", "engine", "trials_at_once",
         ):  # fmt: skip
             del content[name]
         content["version"] = version()
@@ -358,6 +363,17 @@ def plan(
                         ).keyed()
                     )
     return jobs
+
+
+def mechanism_of(job: JobSpec) -> Mechanism:
+    """The client of a job: local training under its protections."""
+    return client_of(
+        job.mechanism,
+        local_steps=job.local_steps,
+        local_learning_rate=job.local_learning_rate,
+        batch_norm=job.batch_norm,
+        defense=job.defense_spec,
+    )
 
 
 def adaptive(job: JobSpec) -> bool:

@@ -21,6 +21,7 @@ from gradleak.errors import CorruptFile, InvalidInput, NotApplicable, nearest
 from gradleak.observation import observe
 from gradleak.run import memory
 from gradleak.run.jobs import attack_spec, check_server, client_of, derive
+from gradleak.run.recordings import read_tensors
 from gradleak.run.settings import AuditSettings, option, read_config
 from gradleak.run.store import write_whole
 from gradleak.types import DataSpec, Reconstruction, Update
@@ -121,7 +122,8 @@ def attack_recorded(
     data = read_data_spec(recorded.data_spec)
     model = models.build(settings.model, data, seed=derive(settings.seed, "model"))
     state = models.load_weights(recorded.state, model)
-    sent = read_update(recorded.update)
+    sent = read_tensors(recorded.update)
+    Update(sent, "gradient")  # refuses an empty file
     buffers = {k: v for k, v in sent.items() if k in state.buffers}
     update = {k: v for k, v in sent.items() if k not in buffers}
     if not any(bool(value.any()) for value in update.values()):
@@ -198,29 +200,6 @@ def read_data_spec(path: Path) -> DataSpec:
         bounds=(float(bounds[0]), float(bounds[1])),
         class_names=tuple(map(str, values.get("class_names", ()))),
     )
-
-
-def read_update(path: Path) -> dict[str, Tensor]:
-    """Read a recorded update: one tensor per trainable parameter, and the client's buffers after
-    its step where it returned them.
-
-    Raises:
-        InvalidInput: no such file.
-        CorruptFile: not a whole safetensors file; a pickle is never opened.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InvalidInput(f"cannot read {str(path)!r}: {error.strerror or error}") from None
-    try:
-        values = safetensors.torch.load(content)
-    except Exception:  # safetensors raises several kinds for damaged headers
-        raise CorruptFile(
-            f"{str(path)!r} is not a whole safetensors file (pickles are never opened): "
-            "write it with safetensors.torch.save_file"
-        ) from None
-    Update(values, "gradient")  # refuses an empty file
-    return values
 
 
 def _write(

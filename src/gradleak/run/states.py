@@ -73,10 +73,23 @@ def prepare(
             if steps
             else initial
         )
-        stored = model.state_dict().keys() | state.params.keys()
-        kept = {name: value for name, value in state.buffers.items() if name in stored}
-        models.save_weights(dataclasses.replace(state, buffers=kept), path)
+        _save(state, model, path)
     return Broadcast(f"{TENSORS}/{path.name}", digest(models.load_weights(path, model)))
+
+
+def keep(state: ModelState, model: nn.Module, directory: Path) -> Broadcast:
+    """Write a state that came from elsewhere, unless it is there."""
+    content = digest(state)
+    path = directory / TENSORS / f"state-{content}.safetensors"
+    if not path.exists():
+        _save(state, model, path)
+    return Broadcast(f"{TENSORS}/{path.name}", content)
+
+
+def _save(state: ModelState, model: nn.Module, path: Path) -> None:
+    stored = model.state_dict().keys() | state.params.keys()
+    kept = {name: value for name, value in state.buffers.items() if name in stored}
+    models.save_weights(dataclasses.replace(state, buffers=kept), path)
 
 
 def digest(state: ModelState) -> str:

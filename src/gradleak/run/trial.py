@@ -25,9 +25,10 @@ from gradleak.errors import GradleakError, InvalidInput, NotApplicable
 from gradleak.priors import Gaussians
 from gradleak.run.beliefs import believed
 from gradleak.run.ceilings import ceiling
-from gradleak.run.jobs import JobSpec, adaptive, client_of, derive
+from gradleak.run.jobs import JobSpec, adaptive, derive, mechanism_of
 from gradleak.run.predictions import floor, predictions
 from gradleak.run.preflight import merged, objective_warnings, preflight
+from gradleak.run.replies import POOL, pool_split, read_pool, replies, state_of
 from gradleak.run.states import broadcast
 from gradleak.run.store import TENSORS
 from gradleak.scenario import Scenario, simulate
@@ -37,7 +38,6 @@ from gradleak.types import (
     Batch,
     DataSpec,
     Fact,
-    Mechanism,
     ModelState,
     Observation,
     Planting,
@@ -77,9 +77,14 @@ def run_trial(
     """
     started = time.perf_counter()
     try:
-        dataset = dataset or load_data(job.data, job.data_dir)
+        progress = progress or (lambda _: None)
+        dataset = dataset or (load_data(job.data, job.data_dir) if job.data else None)
         try:
-            trial = _measure(job, dataset, progress=progress or (lambda _: None))
+            trial = (
+                _claimed(job, progress=progress)
+                if dataset is None
+                else _measure(job, dataset, progress=progress)
+            )
         except NotApplicable as reason:
             trial = Trial(_record(job, state="not_applicable", reason=_line(reason)))
         try:
@@ -107,24 +112,15 @@ def failed(job: JobSpec, reason: str) -> Trial:
 
 @lru_cache(maxsize=2)
 def load_data(name: str, data_dir: str | None) -> Dataset:
-    """Load a data set once per process."""
+    """Load a data set, or the pool of a recorded audit, once per process."""
+    if name.endswith(POOL):
+        return read_pool(Path(name))
     return data.load(name, data_dir=Path(data_dir) if data_dir else None)
 
 
 def divide(dataset: Dataset, seed: int) -> Split:
     """The private and public halves of a run."""
     return data.split(dataset, derive(seed, "split"))
-
-
-def mechanism_of(job: JobSpec) -> Mechanism:
-    """The client of a job: local training under its protections."""
-    return client_of(
-        job.mechanism,
-        local_steps=job.local_steps,
-        local_learning_rate=job.local_learning_rate,
-        batch_norm=job.batch_norm,
-        defense=job.defense_spec,
-    )
 
 
 def settle_engine(job: JobSpec) -> Engine:
@@ -136,10 +132,13 @@ def settle_engine(job: JobSpec) -> Engine:
     attack = build_attack(job.attack_spec)
     if not isinstance(attack, Recipe):
         return "loop"
-    dataset = load_data(job.data, job.data_dir)
     try:
-        targets = simulate_targets(job, dataset, divide(dataset, job.seed))
-        return attack.settle_engine([t.seen for t in targets], trials_at_once=job.trials_at_once)
+        if job.updates is not None:
+            seen = replies(job, load_data(job.data, job.data_dir) if job.data else None)
+        else:
+            dataset = load_data(job.data, job.data_dir)
+            seen = [t.seen for t in simulate_targets(job, dataset, divide(dataset, job.seed))]
+        return attack.settle_engine(seen, trials_at_once=job.trials_at_once)
     except Exception:  # the trial itself will say what is wrong
         return "loop"
 
@@ -184,6 +183,30 @@ def simulate_targets(job: JobSpec, dataset: Dataset, division: Split) -> list[_T
     return targets
 
 
+def _recorded_targets(job: JobSpec, dataset: Dataset, division: Split) -> list[_Target]:
+    """The clients of a recorded job; what drew their randomness is theirs alone."""
+    mechanism = informed(mechanism_of(job), dataset.batch(division.public[:PUBLIC]))
+    state = state_of(job, dataset.spec)
+    targets = []
+    for target, client, seen in zip(job.targets, job.clients, replies(job, dataset), strict=True):
+        first = target * job.batch_size
+        indices = division.clients[first : first + job.batch_size]
+        batch = dataset.batch(indices)
+        batch = Batch(batch.inputs.to(job.device), batch.labels.to(job.device))
+        scenario = Scenario(
+            data=dataset,
+            model=state,
+            mechanism=mechanism,
+            threat=job.threat,
+            batch_size=job.batch_size,
+            indices=indices,
+            client=client,
+        )
+        truth = Truth(batch, batch, client=client)
+        targets.append(_Target(scenario, seen, truth, torch.Generator()))
+    return targets
+
+
 def _broadcast(job: JobSpec, dataset: Dataset, division: Split) -> ModelState:
     """What the server sends: the prepared state, or what a malicious server makes of it."""
     state: ModelState = broadcast(
@@ -204,27 +227,22 @@ def _broadcast(job: JobSpec, dataset: Dataset, division: Split) -> ModelState:
 def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None]) -> Trial:
     if dataset.fingerprint != job.data_fingerprint:
         raise InvalidInput(f"data {job.data!r} changed while the audit was running")
-    division = divide(dataset, job.seed)
+    recorded = job.updates is not None
+    division = pool_split(job, dataset) if recorded else divide(dataset, job.seed)
     candidates = dataset.batch(division.clients[: job.bank])
     bank = candidates.inputs
     public = dataset.batch(division.public)
     attack = build_attack(job.attack_spec)
-    targets = simulate_targets(job, dataset, division)
+    targets = (_recorded_targets if recorded else simulate_targets)(job, dataset, division)
     attacked = targets[: len(job.targets)]
-    warnings = merged(
-        [preflight(t.scenario, t.seen, t.truth, generator=t.generator) for t in attacked]
+    warnings = (
+        []
+        if recorded
+        else merged(
+            [preflight(t.scenario, t.seen, t.truth, generator=t.generator) for t in attacked]
+        )
     )
-
-    started = time.perf_counter()
-    claims = attack_all(
-        attack,
-        [t.seen for t in targets],
-        seed=derive(job.seed, "attack", job.group),
-        engine=job.engine or "auto",
-        trials_at_once=job.trials_at_once,
-        progress=lambda done, total: progress(done / max(total, 1)),
-    )
-    seconds = time.perf_counter() - started
+    claims, seconds = _claims(job, attack, [t.seen for t in targets], progress=progress)
     ceilings = _from_the_truth(job, attack, attacked)
 
     labels_known = Fact.LABELS in job.knows
@@ -233,7 +251,8 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
         true = target.truth.trained_on
         truth, original = _on_cpu(true), _on_cpu(target.truth.batch)
         transformed = true is not target.truth.batch
-        unrelated = _on_cpu(claims[_control(job, i)].batch)
+        beside = _control(job, i)  # a single recorded client has nobody beside it
+        unrelated = _on_cpu(claims[beside].batch) if beside < len(claims) else None
         guesses = metrics.baselines(public, truth, labels_known=labels_known, spec=dataset.spec)
         objective = _auditors_view(attack, "objective", target.seen)
         fit = _auditors_view(attack, "fit", target.seen)
@@ -257,7 +276,7 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
                 "fit_at_truth": fit(true),
                 "evaluations": claim.evaluations,
                 "scores": scores(_on_cpu(claim.batch)),
-                "control": scores(unrelated),
+                **({} if unrelated is None else {"control": scores(unrelated)}),
                 **({"original": scores(_on_cpu(claim.batch), original)} if transformed else {}),
                 **({"ceiling": scores(_on_cpu(ceilings[i].batch))} if ceilings else {}),
                 "baselines": {name: scores(guess) for name, guess in guesses.items()},
@@ -290,6 +309,58 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
     return Trial(record, safetensors.torch.save(stacked))
 
 
+def _claims(
+    job: JobSpec,
+    attack: Attack,
+    seen: Sequence[Observation],
+    *,
+    progress: Callable[[float], None],
+) -> tuple[list[Reconstruction], float]:
+    """What the attack claims of every observation, and the seconds it took."""
+    started = time.perf_counter()
+    claims = attack_all(
+        attack,
+        seen,
+        seed=derive(job.seed, "attack", job.group),
+        engine=job.engine or "auto",
+        trials_at_once=job.trials_at_once,
+        progress=lambda done, total: progress(done / max(total, 1)),
+    )
+    return claims, time.perf_counter() - started
+
+
+def _claimed(job: JobSpec, *, progress: Callable[[float], None]) -> Trial:
+    """Attack recorded updates whose truth nobody gave: claims, and no score."""
+    attack = build_attack(job.attack_spec)
+    seen = replies(job, None)
+    claims, seconds = _claims(job, attack, seen, progress=progress)
+    batches = [_on_cpu(claim.batch) for claim in claims]
+    record = _record(job, state="unscored", reason=None) | {
+        "seconds": seconds,
+        "gradient_evaluations": sum(c.evaluations for c in claims),
+        "engine": claims[0].engine,
+        "tensors": f"{TENSORS}/{job.key}.safetensors",
+        "targets": [
+            {
+                "client": job.clients[i],
+                "target": job.targets[i],
+                "status": claim.status,
+                "message": claim.message,
+                "objective": claim.objective,
+                "fit": _auditors_view(attack, "fit", seen[i])(claim.batch),
+                "evaluations": claim.evaluations,
+                "labels": claim.batch.classes.tolist(),
+            }
+            for i, claim in enumerate(claims)
+        ],
+    }
+    stacked = {
+        "claim": torch.stack([b.inputs.float() for b in batches]).contiguous(),
+        "claim_labels": torch.stack([b.classes.long() for b in batches]),
+    }
+    return Trial(record, safetensors.torch.save(stacked))
+
+
 def _from_the_truth(
     job: JobSpec, attack: Attack, attacked: Sequence[_Target]
 ) -> list[Reconstruction]:
@@ -304,9 +375,9 @@ def _from_the_truth(
     )
 
 
-def _foretold(job: JobSpec, dataset: Dataset) -> dict[str, Any] | None:
+def _foretold(job: JobSpec, dataset: Dataset | None) -> dict[str, Any] | None:
     """The auditor's scores of a job's targets, and the floor of its condition, if asked for."""
-    if job.bounds_file is None:
+    if job.bounds_file is None or dataset is None:
         return None
     prior = believed(Path(job.directory) / job.bounds_file, str(job.bounds_digest), job.device)
     assert isinstance(prior, Gaussians)
@@ -396,7 +467,7 @@ def _on_cpu(batch: Batch) -> Batch:
 
 
 def _pictures(
-    claim: Reconstruction, truth: Batch, unrelated: Batch, guess: Batch, spec: DataSpec
+    claim: Reconstruction, truth: Batch, unrelated: Batch | None, guess: Batch, spec: DataSpec
 ) -> dict[str, Tensor]:
     """What the report shows of one target, aligned with its truth."""
     claimed = _on_cpu(claim.batch)
@@ -406,7 +477,9 @@ def _pictures(
     return {
         "truth": truth.inputs.float(),
         "claim": metrics.matched(shown, truth, bounds=spec.bounds)[0].float(),
-        "control": metrics.matched(unrelated, truth, bounds=spec.bounds)[0].float(),
+        "control": torch.full_like(truth.inputs, math.nan).float()
+        if unrelated is None
+        else metrics.matched(unrelated, truth, bounds=spec.bounds)[0].float(),
         "baseline": guess.inputs.float(),
         "labels": truth.classes.long(),
         "claim_labels": labels.long(),
