@@ -22,7 +22,7 @@ def edges(variance: float, ratio: float) -> tuple[float, float]:
 
 
 def published_shape(size: int, aspect: float) -> tuple[int, int]:
-    """(rows, columns) with rows the smallest divisor of `size` that is at least √(aspect · size)."""
+    """(rows, columns), rows the smallest divisor of `size` that is at least √(aspect · size)."""
     least = math.sqrt(aspect * size)
     divisors = {d for i in range(1, math.isqrt(size) + 1) if size % i == 0 for d in (i, size // i)}
     rows = min((d for d in divisors if d >= least), default=size)

@@ -32,7 +32,7 @@ from gradleak.errors import IntractableLikelihood, InvalidInput
 from gradleak.mechanisms import FedSGD
 from gradleak.mechanisms.client import check_positive, normalises
 from gradleak.seeding import normal
-from gradleak.types import Batch, Density, Likelihood, Mechanism, ModelState, Update, cast
+from gradleak.types import Batch, Density, Likelihood, Mechanism, ModelState, Update
 
 _ROUNDS, _RISKS = "gradient-slices/rounds", "gradient-slices/risks"
 _PER_CLASS = 5
@@ -105,7 +105,7 @@ class GradientSlices:
     def __call__(self, mechanism: Mechanism) -> Mechanism:
         if self.clip is not None and not isinstance(mechanism, FedSGD):
             raise InvalidInput(f"{self.id}:clip: expected it first, and fedsgd as training")
-        return _Sliced(mechanism, self)
+        return Sliced(mechanism, self)
 
     def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
         gap = torch.cat([v.flatten() for v in difference(after, before).values.values()])
@@ -227,9 +227,11 @@ def _risks(case: _Case) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class _Sliced(Unbiased):
-    """Attributes:
-    suspects: slices that an attacker believes to hold noise; None lets every claim choose.
+class Sliced(Unbiased):
+    """A client under gradient slices.
+
+    Attributes:
+        suspects: slices that an attacker believes to hold noise; None lets every claim choose.
     """
 
     rule: GradientSlices
@@ -238,7 +240,7 @@ class _Sliced(Unbiased):
     def mean(self, state: ModelState, batch: Batch) -> Update:
         if self.rule.clip is None:
             return self.inner.mean(state, batch)
-        slices = self._slices(state)
+        slices = self.slices(state)
         if self.rule.seed is not None:
             return self._clipped(state, batch, slices, self.rule.known(len(slices)))
         if sum(map(len, slices)) > sum(p.numel() for p in state.params.values()):
@@ -250,7 +252,7 @@ class _Sliced(Unbiased):
 
     def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
         clean = self.inner.sample(state, batch, generator=generator)
-        return self._noised(clean, state, batch, self._slices(state), generator=generator)
+        return self._noised(clean, state, batch, self.slices(state), generator=generator)
 
     def advance(
         self, state: ModelState, batch: Batch, memory: Memory, *, generator: torch.Generator
@@ -265,7 +267,8 @@ class _Sliced(Unbiased):
         update = self._noised(clean, state, batch, slices, earlier=rounds, generator=generator)
         return update, {**kept, _ROUNDS: torch.tensor(rounds + 1), _RISKS: risks}
 
-    def _slices(self, state: ModelState) -> tuple[Tensor, ...]:
+    def slices(self, state: ModelState) -> tuple[Tensor, ...]:
+        """Coordinates of every slice of the flat update."""
         risks = self.rule.risks(state, undefended(self.inner))
         return self.rule.cut(risks, [p.numel() for p in state.params.values()])
 
@@ -316,7 +319,7 @@ class _Sliced(Unbiased):
         coordinates the claim fits worst.
         """
         clean = self.inner.predict(received, state, batch)
-        slices = self._slices(state)
+        slices = self.slices(state)
         own, sent = _flat(clean.values), _flat(received.values)
         if (suspects := self.believed(slices)) is not None:
             noisy = torch.zeros(len(slices), dtype=torch.bool, device=own.device)
@@ -336,7 +339,7 @@ class _Sliced(Unbiased):
         """Mean square of what a claim leaves unexplained on every slice, (slices,)."""
         clean = self.inner.predict(received, state, batch)
         gap = _flat(difference(clean, received).values)
-        return _mean_squares(gap, self._slices(state))
+        return _mean_squares(gap, self.slices(state))
 
     def _worst(self, gap: Tensor, slices: Sequence[Tensor]) -> Tensor:
         """(slices,) bool."""
@@ -368,13 +371,13 @@ class _Mixture:
     m_j counts the chosen slices that hold coordinate j, and σ is that of the noise everywhere.
     """
 
-    layer: _Sliced
+    layer: Sliced
     std: float
     slices: tuple[Tensor, ...] = field(default=(), compare=False)
 
     def at(self, state: ModelState) -> Density:
         """The density for one broadcast, on which the slices depend."""
-        return replace(self, slices=self.layer._slices(state))
+        return replace(self, slices=self.layer.slices(state))
 
     def __call__(self, centre: Mapping[str, Tensor], update: Mapping[str, Tensor]) -> Tensor:
         gap = _flat(update) - _flat({k: centre[k] for k in update})
@@ -400,17 +403,20 @@ class _Mixture:
     def _patterns(self, like: Tensor) -> Tensor:
         """(patterns, slices) of zeros and ones."""
         n = len(self.slices)
-        if (known := self.layer.believed(self.slices)) is not None:
-            subsets = [tuple(known)]
-        else:
-            k = min(self.layer.rule.chosen, n)
-            if math.comb(n, k) > _MOST_SUBSETS:
-                raise IntractableLikelihood(f"gradient-slices: {math.comb(n, k)} patterns")
-            subsets = list(itertools.combinations(range(n), k))
-        table = torch.zeros(len(subsets), n, dtype=like.dtype, device=like.device)
-        rows = torch.arange(len(subsets))[:, None]
-        table[rows, torch.tensor(subsets)] = 1
+        if (known := self.layer.believed(self.slices)) is None:
+            return _subsets(n, min(self.layer.rule.chosen, n)).to(like)
+        table = torch.zeros(1, n, dtype=like.dtype, device=like.device)
+        table[0, list(known)] = 1
         return table
+
+
+@lru_cache(maxsize=8)
+def _subsets(n: int, k: int) -> Tensor:
+    """Every k of n, (subsets, n) of zeros and ones."""
+    if math.comb(n, k) > _MOST_SUBSETS:
+        raise IntractableLikelihood(f"gradient-slices: {math.comb(n, k)} patterns are too many")
+    chosen = torch.tensor(list(itertools.combinations(range(n), k)))
+    return torch.zeros(len(chosen), n).scatter(1, chosen, 1.0)
 
 
 def _log_normal(x: Tensor, variance: Tensor | float) -> Tensor:

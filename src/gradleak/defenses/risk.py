@@ -5,6 +5,7 @@ R_l² = (1/n) Σ_i ‖∂g_l(x_i)/∂x_i‖_F²   over n examples that everybody
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -24,7 +25,7 @@ def frobenius_risk(
     """R_l by Hutchinson's estimator, all tensors at once.
 
     With ḡ the mean gradient of n examples and u of random signs in the shape of all of their
-    inputs, R_l² = n E‖(∂ḡ_l/∂x) u‖²: one forward derivative of ḡ per probe.
+    inputs, R_l² = n E‖(∂ḡ_l/∂x) u‖²: one derivative of ḡ along u per probe.
 
     Args:
         state: broadcast state.
@@ -37,14 +38,25 @@ def frobenius_risk(
     squares = dict.fromkeys(state.params, 0.0)
     for _ in range(probes):
         signs = torch.from_numpy(2.0 * draws.integers(0, 2, public.inputs.shape) - 1)
-        _, moved = torch.func.jvp(
-            _gradient(state, public, loss, batch_norm),
-            (public.inputs,),
-            (signs.to(public.inputs),),
-        )
+        moved = pushed(state, public, signs, loss=loss, batch_norm=batch_norm)
         for name, change in moved.items():
             squares[name] += float(change.square().sum())
     return {k: math.sqrt(len(public) * v / probes) for k, v in squares.items()}
+
+
+def pushed(
+    state: ModelState, public: Batch, signs: Tensor, *, loss: Loss, batch_norm: BatchNormMode
+) -> dict[str, Tensor]:
+    """(∂ḡ_l/∂x) u of every tensor, u in the shape of the inputs.
+
+    In reverse twice, as w ↦ (∂ḡ/∂x)ᵀ w is linear: forward rules are missing for some layers.
+    """
+    gradient = _gradient(state, public, loss, batch_norm)
+    reached, pull = torch.func.vjp(gradient, public.inputs)  # type: ignore[misc]
+    nowhere = {k: torch.zeros_like(v) for k, v in reached.items()}
+    _, push = torch.func.vjp(lambda w: pull(w)[0], nowhere)  # type: ignore[misc]
+    moved: dict[str, Tensor] = push(signs.to(public.inputs))[0]
+    return moved
 
 
 def all_ones_risk(
@@ -104,5 +116,5 @@ def greedy(sizes: list[int], risks: list[float], slices: int) -> list[Tensor]:
         bounds.append(start * atom - 1)
     bounds.append(len(risk) * atom - 1)
     total = sum(sizes)
-    ranges = [np.arange(a, b + 1) % total for a, b in zip(bounds, bounds[1:], strict=False)]
+    ranges = [np.arange(a, b + 1) % total for a, b in itertools.pairwise(bounds)]
     return [torch.from_numpy(indices) for indices in ranges]
