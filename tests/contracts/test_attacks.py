@@ -31,6 +31,7 @@ CHEAP = {"steps": 5, "restarts": 1, "target": 5}
 ENOUGH = {
     "cafe-published": {"steps": 800},
     "continuation": {"steps": 300},
+    "blind-mask": {"steps": 300, "restarts": 2},
     "dlg": {"steps": 300, "restarts": 2},
     "feature-fishing": {"steps": 300, "target": 5},
     "fishing": {"steps": 300, "target": 5},

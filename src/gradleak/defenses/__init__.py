@@ -8,6 +8,7 @@ from typing import Any
 
 from gradleak.defenses.ats import ATS
 from gradleak.defenses.clip import Clip
+from gradleak.defenses.gradient_slices import GradientSlices
 from gradleak.defenses.noise import GaussianNoise, LaplaceNoise
 from gradleak.defenses.none import NoDefense
 from gradleak.defenses.partial_sharing import PartialSharing
@@ -51,6 +52,7 @@ DEFENSES: dict[str, type[Any]] = {
         Soteria,
         ATS,
         Precode,
+        GradientSlices,
     )
 }
 
@@ -76,6 +78,7 @@ __all__ = [
     "Clip",
     "Defense",
     "GaussianNoise",
+    "GradientSlices",
     "LaplaceNoise",
     "Memory",
     "NoDefense",

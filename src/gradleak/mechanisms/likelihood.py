@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from gradleak.types import Batch, Likelihood, ModelState, Update
+from gradleak.types import Batch, Density, Likelihood, ModelState, Update
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A density that depends on what the server broadcast."""
+
+    def at(self, state: ModelState) -> Density:
+        """The density for one broadcast."""
+        ...
+
+
+def density_at(known: Likelihood, state: ModelState) -> Density:
+    """The density of what clients of this state send."""
+    return known.density.at(state) if isinstance(known.density, Placed) else known.density
 
 
 class Likely:
@@ -28,4 +43,4 @@ class Likely:
     def log_prob(self, update: Update, state: ModelState, batch: Batch) -> Tensor:
         """Log-density of `update` in nats, 0-dimensional; raises as `likelihood` does."""
         known = self.likelihood(batch_size=len(batch))
-        return -known.density(known.centre.mean(state, batch).values, update.values)
+        return -density_at(known, state)(known.centre.mean(state, batch).values, update.values)

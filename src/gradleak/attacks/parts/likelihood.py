@@ -14,6 +14,7 @@ from gradleak.defenses import GaussianNoise, LaplaceNoise, NoDefense, Wrapped
 from gradleak.defenses.noise import AdditiveNoise
 from gradleak.defenses.wrapped import Around, Mapped, Separable, Through
 from gradleak.errors import IntractableLikelihood
+from gradleak.mechanisms.likelihood import density_at
 from gradleak.types import Batch, Density, ModelState, Observation, Update
 
 _EXACT = 1e-3
@@ -45,7 +46,7 @@ def data_term(seen: Sequence[Observation], *, dtype: torch.dtype) -> DataTerm:
         known = first.mechanism.likelihood(batch_size=first.knowledge.batch_size or 1)
     except IntractableLikelihood:
         return DataTerm(Matching(seen, squared_l2, dtype=dtype), 1 / (2 * variance(first)))
-    centre, density = known.centre, known.density
+    centre, density = known.centre, density_at(known, first.state)
     while isinstance(centre, Mapped) and isinstance(density, Separable):
         density = Through(density, centre.rule)
         centre = centre.inner  # engines know plain clients
