@@ -8,13 +8,15 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from gradleak import defenses, metrics, models
 from gradleak.attacks import attack_all
+from gradleak.attacks.recipes.blind_mask import BlindMask
 from gradleak.attacks.recipes.dlg import DLG
 from gradleak.attacks.recipes.inverting_gradients import InvertingGradients
 from gradleak.data import Dataset
@@ -81,7 +83,10 @@ LINES: Mapping[str, Line] = {
     "GC, support known": Line("GC", True, "adaptive: not in the paper"),
 }
 
-ATTACKS: Mapping[str, str] = {"DLG": "dlg", "IG": "inverting-gradients"}
+ATTACKS: Mapping[str, Literal["dlg", "inverting-gradients"]] = {
+    "DLG": "dlg",
+    "IG": "inverting-gradients",
+}
 
 
 class Published(dict[str, tuple[float | None, float | None, float | None, float | None]]):
@@ -466,10 +471,13 @@ def attacked(
 ) -> dict[str, Any]:
     """PSNR and SSIM of every claim of the group, and PSNR of the best guess without an update."""
     plays = _play(cell, dataset)
-    attack: Attack = {
-        "DLG": DLG(steps=cell["steps"]),
-        "IG": InvertingGradients(steps=cell["steps"]),
-    }[cell["attack"]]
+    attack: Attack
+    if cell["line"].endswith("blind mask"):
+        attack = BlindMask(ATTACKS[cell["attack"]], steps=cell["steps"])
+    elif cell["attack"] == "DLG":
+        attack = DLG(steps=cell["steps"])
+    else:
+        attack = InvertingGradients(steps=cell["steps"])
     claims = attack_all(
         attack,
         [seen for seen, _ in plays],
