@@ -7,9 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from gradleak.defenses.ats import ATS
+from gradleak.defenses.censor import Censor
 from gradleak.defenses.clip import Clip
+from gradleak.defenses.dgc import DGC
 from gradleak.defenses.noise import GaussianNoise, LaplaceNoise
 from gradleak.defenses.none import NoDefense
+from gradleak.defenses.outpost import Outpost
 from gradleak.defenses.partial_sharing import PartialSharing
 from gradleak.defenses.precode import Precode
 from gradleak.defenses.quantize import Quantize
@@ -27,6 +30,7 @@ from gradleak.defenses.wrapped import (
     advanced,
     compensated,
     difference,
+    gathered,
     informed,
     norm,
     rebased,
@@ -51,6 +55,9 @@ DEFENSES: dict[str, type[Any]] = {
         Soteria,
         ATS,
         Precode,
+        DGC,
+        Outpost,
+        Censor,
     )
 }
 
@@ -73,12 +80,15 @@ def build(spec: str) -> Callable[[Mechanism], Mechanism]:
 __all__ = [
     "ATS",
     "DEFENSES",
+    "DGC",
+    "Censor",
     "Clip",
     "Defense",
     "GaussianNoise",
     "LaplaceNoise",
     "Memory",
     "NoDefense",
+    "Outpost",
     "PartialSharing",
     "Precode",
     "Quantize",
@@ -94,6 +104,7 @@ __all__ = [
     "build",
     "compensated",
     "difference",
+    "gathered",
     "informed",
     "norm",
     "rebased",
