@@ -57,7 +57,9 @@ class Round:
 
     def steps(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Width of the grid for every tensor."""
-        return {k: torch.full((), self.step).to(v) for k, v in values.items()}
+        return {
+            k: torch.full((), self.step, dtype=v.dtype, device=v.device) for k, v in values.items()
+        }
 
     shown = steps
 
