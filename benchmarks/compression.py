@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradleak import attacks, data, metrics, models
 from gradleak.data import Dataset
-from gradleak.defenses import advanced, build, undefended
+from gradleak.defenses import Memory, advanced, build, difference, norm, undefended
 from gradleak.mechanisms import FedSGD
 from gradleak.seeding import child, target_generator
 from gradleak.types import Batch, Exchange, Knowledge, Mechanism, ModelState, Observation
@@ -29,7 +29,10 @@ SAME = ("none", "quantize")
 
 @dataclass(frozen=True)
 class Row:
-    """One protection and one attack; `rounds` are of one batch and weights that stay."""
+    """One protection and one attack; `rounds` are of one batch.
+
+    The weights stay, or move by `drift` times each round's update against it.
+    """
 
     part: str
     data: str
@@ -37,10 +40,12 @@ class Row:
     attack: str = IG
     rounds: int = 1
     unaware: bool = True
+    drift: float = 0.0
 
     @property
     def name(self) -> str:
-        return f"{self.data}|{self.defense}|{self.attack}|{self.rounds}"
+        moves = f"|drift {self.drift:g}" if self.drift else ""
+        return f"{self.data}|{self.defense}|{self.attack}|{self.rounds}{moves}"
 
 
 MNIST = [
@@ -65,6 +70,7 @@ ROWS = [
         Row("posterior", "mnist-5k", defense, "posterior:steps=400,restarts=1", unaware=False)
         for defense in ("quantize:levels=16", "quantize:levels=1")
     ),
+    Row("drift", "mnist-5k", "dgc:fraction=0.01,warm_up=0", rounds=4, unaware=False, drift=0.1),
     *(
         Row("rog", "cifar10", defense, attack, unaware=False)
         for defense in OBFUSCATED
@@ -81,14 +87,18 @@ def pool(name: str) -> tuple[Dataset, Tensor]:
 
 
 def observed(
-    client: Mechanism, state: ModelState, batch: Batch, rounds: int, stream: torch.Generator
+    client: Mechanism, state: ModelState, batch: Batch, row: Row, stream: torch.Generator
 ) -> tuple[Exchange, ...]:
     """Rounds of a client that remembers."""
-    memory, seen = {}, []
-    for number in range(rounds):
+    memory: Memory = {}
+    seen = []
+    for number in range(row.rounds):
         drawn = child(stream, f"client/{number}")
         update, memory = advanced(client, state, batch, memory, generator=drawn)
         seen.append(Exchange(state, update))
+        if row.drift:
+            moved = {k: p - row.drift * update.values[k] for k, p in state.params.items()}
+            state = replace(state, params=moved)
     return tuple(seen)
 
 
@@ -102,7 +112,7 @@ def measured(row: Row) -> dict[str, object]:
         for target in range(TARGETS):
             batch = known.batch(clients[target : target + 1])
             drawn = target_generator(7, target)
-            exchanges = observed(client, state, batch, row.rounds, drawn)
+            exchanges = observed(client, state, batch, row, drawn)
             truths.append(batch)
             knowledge = Knowledge(1, batch.labels)
             seen.append(Observation(exchanges, client, known.spec, knowledge))
@@ -124,6 +134,27 @@ def measured(row: Row) -> dict[str, object]:
     return found
 
 
+def told_apart(defense: str) -> dict[str, object]:
+    """For how many targets the true example fits the update best of the bank, label known."""
+    known, clients = pool("mnist-5k")
+    state = ModelState.of(models.build("lenet", known.spec, seed=0))
+    client, bank = build(defense)(FedSGD()), known.batch(clients[:BANK])
+    hits, among = {"adaptive": 0, "unaware": 0}, 0
+    for target in range(TARGETS):
+        rivals = [i for i in range(BANK) if bank.labels[i] == bank.labels[target]]
+        among += len(rivals)
+        own = known.batch(clients[target : target + 1])
+        sent = client.sample(state, own, generator=target_generator(7, target))
+        for kind, believed in (("adaptive", client), ("unaware", undefended(client))):
+            gaps = {}
+            for i in rivals:
+                claim = Batch(bank.inputs[i : i + 1], bank.labels[i : i + 1])
+                found = believed.predict(sent, state, claim)
+                gaps[i] = norm(difference(found, sent))
+            hits[kind] += int(min(gaps, key=gaps.__getitem__) == target)
+    return {"row": f"told apart|{defense}", **hits, "of": TARGETS, "by chance": TARGETS**2 / among}
+
+
 def main(target: Path, part: str = "") -> None:
     rows = json.loads(target.read_text()) if target.exists() else []
     done = {row["row"] for row in rows}
@@ -133,6 +164,11 @@ def main(target: Path, part: str = "") -> None:
         rows.append(measured(row))
         print(rows[-1], flush=True)
         target.write_text(json.dumps(rows, indent=1))
+    for defense in ("censor", "censor:projection=published") if part in ("", "norms") else ():
+        if f"told apart|{defense}" not in done:
+            rows.append(told_apart(defense))
+            print(rows[-1], flush=True)
+    target.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ import torch
 from scipy import stats
 
 import gradleak as gl
+from gradleak.attacks import InvertingGradients, attack_all
 from gradleak.defenses import Outpost, Sent, advanced, gathered
 from gradleak.errors import InvalidInput
 from gradleak.mechanisms import FedSGD
-from gradleak.types import Exchange, Update
+from gradleak.types import Exchange, Knowledge, Update
 from tests.laws.small import SPEC, TwoTwins, batch_of, state_of, stream
 
 ALPHA = 1e-6
@@ -87,6 +88,21 @@ def test_the_clean_round_is_picked_and_predicted_as_it_is() -> None:
     other = FedSGD().mean(STATE, batch_of(2, seed=9)).values
     predicted = client.predict(one.update, STATE, batch_of(2, seed=9)).values
     assert all(torch.equal(predicted[k], v) for k, v in other.items())
+
+
+def test_targets_whose_clean_rounds_differ_are_attacked_together() -> None:
+    client, states = Outpost()(FedSGD()), (STATE, state_of(TwoTwins, seed=1))
+    seen = []
+    for clean in (0, 1):
+        rounds = []
+        for number, state in enumerate(states):
+            sent = FedSGD().mean(state, BATCH)
+            if number != clean:
+                sent = client.sample(state, BATCH, generator=stream(0))
+            rounds.append(Exchange(state, sent))
+        seen.append(gl.Observation(tuple(rounds), client, SPEC, Knowledge(2, BATCH.labels)))
+    claims = attack_all(InvertingGradients(steps=2), seen)
+    assert [len(c.batch) for c in claims] == [2, 2]
 
 
 def test_what_was_neither_pruned_nor_noised_is_matched_exactly() -> None:

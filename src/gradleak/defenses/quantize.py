@@ -42,8 +42,8 @@ class Quantize:
         link="https://arxiv.org/abs/1610.02132",
         promises="Few bits of every coordinate leave the client.",
         broken_by=(
-            "the interval that each level stands for: a claim is compared with what would be "
-            "rounded to the levels received"
+            "plain matching, as the expectation is the update; the probability of every level "
+            "given the grid, for searches that use it"
         ),
         cost="variance at few levels; saves bytes",
     )
