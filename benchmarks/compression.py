@@ -74,7 +74,7 @@ ROWS = [
     *(
         Row("rog", "cifar10", defense, attack, unaware=False)
         for defense in OBFUSCATED
-        for attack in ("rog", "rog:steps=400,factor=2", IG)
+        for attack in ("rog", "rog:steps=400,factor=2", "rog:steps=400,factor=1", IG)
     ),
 ]
 
