@@ -67,7 +67,7 @@ ROWS = [
         for d, n in MNIST
     ),
     *(
-        Row("posterior", "mnist-5k", defense, "posterior:steps=400,restarts=1", unaware=False)
+        Row("posterior", "mnist-5k", defense, "posterior:steps=400,restarts=1")
         for defense in ("quantize:levels=16", "quantize:levels=1")
     ),
     Row("drift", "mnist-5k", "dgc:fraction=0.01,warm_up=0", rounds=4, unaware=False, drift=0.1),
