@@ -54,7 +54,7 @@ class DGC:
         paper="Lin et al., Deep Gradient Compression: Reducing the Communication Bandwidth for "
         "Distributed Training, ICLR 2018",
         link="https://arxiv.org/abs/1712.01887",
-        promises="300 to 600 times fewer bytes at equal accuracy; privacy only in what others say",
+        promises="270 to 600 times fewer bytes at equal accuracy; it claims no privacy",
         broken_by="matching on the support that was sent; over several rounds of one batch every "
         "coordinate sent divides out to the gradient itself",
         cost="two copies of the update in memory; a top-k per tensor",

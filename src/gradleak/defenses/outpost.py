@@ -1,4 +1,4 @@
-"""OUTPOST: prune, and add noise where Fisher information is high, ever less often (Wang, 2023)."""
+"""OUTPOST: prune, and add noise where Fisher information is high, ever less often (Wang et al., 2023)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Outpost:
     The published code computes all this and returns the gradient that it was given, and draws from
     one seed at every call; here the intended update is sent, with fresh noise.
 
-    Source: Wang, Hugh & Li, "More than Enough is Too Much: Adaptive Defenses against Gradient
+    Source: Wang et al., "More than Enough is Too Much: Adaptive Defenses against Gradient
     Leakage in Production Federated Learning", INFOCOM 2023, and its code.
 
     Args:
@@ -48,9 +48,9 @@ class Outpost:
     id: ClassVar[str] = "outpost"
     title: ClassVar[str] = "OUTPOST"
     sheet: ClassVar[Sheet] = Sheet(
-        paper="Wang, Hugh & Li, More than Enough is Too Much: Adaptive Defenses against Gradient "
+        paper="Wang et al., More than Enough is Too Much: Adaptive Defenses against Gradient "
         "Leakage in Production Federated Learning, INFOCOM 2023",
-        link="https://ieeexplore.ieee.org/document/10228919",
+        link="https://github.com/TL-System/plato",
         promises="protection where and when it is needed, hence less loss of accuracy",
         broken_by="waiting for a round whose coin left the update alone; before, matching what was "
         "neither pruned nor noised",

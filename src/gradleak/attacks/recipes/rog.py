@@ -97,7 +97,7 @@ class ROG(Recipe):
         title="Reconstruction from obfuscated gradients",
         paper="Yue et al., Gradient Obfuscation Gives a False Sense of Security in Federated "
         "Learning, USENIX Security 2023",
-        link="https://www.usenix.org/conference/usenixsecurity23/presentation/yue",
+        link="https://github.com/KAI-YUE/rog",
         modalities=frozenset({"image"}),
         needs=frozenset({Fact.BATCH_SIZE}),
         likelihood="Gaussian (squared L2)",
