@@ -67,10 +67,13 @@ ROWS = [
         for d, n in MNIST
     ),
     *(
-        Row("posterior", "mnist-5k", defense, "posterior:steps=400,restarts=1")
+        Row("posterior", "mnist-5k", defense, "posterior:steps=400,restarts=1", unaware=False)
         for defense in ("quantize:levels=16", "quantize:levels=1")
     ),
-    Row("drift", "mnist-5k", "dgc:fraction=0.01,warm_up=0", rounds=4, unaware=False, drift=0.1),
+    *(
+        Row("drift", "mnist-5k", "dgc:fraction=0.01,warm_up=0", rounds=4, unaware=False, drift=d)
+        for d in (0.1, 0.001)
+    ),
     *(
         Row("rog", "cifar10", defense, attack, unaware=False)
         for defense in OBFUSCATED

@@ -1,4 +1,4 @@
-"""OUTPOST: prune, and add noise where Fisher information is high, ever less often (Wang et al., 2023)."""
+"""OUTPOST: prune, add noise where Fisher information is high, ever less often (INFOCOM 2023)."""
 
 from __future__ import annotations
 
