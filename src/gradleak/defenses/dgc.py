@@ -55,8 +55,8 @@ class DGC:
         "Distributed Training, ICLR 2018",
         link="https://arxiv.org/abs/1712.01887",
         promises="270 to 600 times fewer bytes at equal accuracy; it claims no privacy",
-        broken_by="matching on the support that was sent; over several rounds of one batch every "
-        "coordinate sent divides out to the gradient itself",
+        broken_by="matching on the support that was sent; over several rounds of one batch, while "
+        "the weights hardly move, all that was sent divides out to the gradient itself",
         cost="two copies of the update in memory; a top-k per tensor",
     )
 
