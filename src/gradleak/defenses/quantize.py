@@ -29,7 +29,7 @@ class Quantize:
 
     Args:
         levels: positive points of the grid.
-        norm: "l2", or "max" as in QSGD's own experiments: a finer grid, with fewer zeros.
+        norm: "l2", or "max" as in ROG's code: a finer grid, with fewer zeros.
     """
 
     levels: int = 16
