@@ -42,6 +42,7 @@ ENOUGH = {
     "gias": {"steps": 500, "latent_share": 0.2, "restarts": 1},
     "ggl": {"steps": 600},
     "inverting-gradients": {"steps": 300},
+    "rog": {"steps": 300, "factor": 1},
     "sme": {"steps": 300},
 }
 """Settings that suffice for one digit through a small network, where cheap ones would not."""

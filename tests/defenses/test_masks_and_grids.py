@@ -23,7 +23,7 @@ from gradleak.defenses import (
 )
 from gradleak.defenses.wrapped import Noise, log_mass
 from gradleak.errors import IntractableLikelihood, InvalidInput
-from gradleak.mechanisms import FedSGD
+from gradleak.mechanisms import FedAvg, FedSGD
 from gradleak.types import Update
 from tests.laws.small import TwoTwins, batch_of, state_of, stream
 
@@ -280,3 +280,33 @@ def test_a_bad_spec_says_what_was_expected(spec: str, clue: str) -> None:
         build(spec)(FedSGD()).mean(STATE, BATCH)
     assert clue in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_frozen_layers_are_fixed_while_the_others_train() -> None:
+    """Three local steps of plain PyTorch with those layers' gradients switched off."""
+    core = FedAvg(steps=3, learning_rate=0.5)
+    model = TwoTwins().double()
+    model.load_state_dict(dict(STATE.params))
+    model.first.requires_grad_(False)
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(model(BATCH.inputs), BATCH.labels).backward()
+        optimiser.step()
+    client = PartialSharing("first:1", frozen=True)(core)
+    sent = client.mean(STATE, BATCH).values
+    for k, v in model.named_parameters():
+        torch.testing.assert_close(sent[k], v.detach() - STATE.params[k])
+    withheld = PartialSharing("first:1")(core).mean(STATE, BATCH).values
+    assert float((withheld["head.weight"] - sent["head.weight"]).abs().max()) > 1e-4
+    plain = [PartialSharing(frozen=f)(FedSGD()).mean(STATE, BATCH).values for f in (True, False)]
+    assert all(torch.equal(plain[0][k], v) for k, v in plain[1].items())
+
+
+def test_noise_on_frozen_layers_is_that_on_withheld_ones() -> None:
+    for spec in (
+        "gaussian-noise:std=0.03+partial-sharing:withheld=head{}",
+        "partial-sharing:withheld=head{}+gaussian-noise:std=0.03",
+    ):
+        found = [drawn(spec.format(end))[1] for end in ("", ",frozen=true")]
+        assert found[1] == pytest.approx(found[0], rel=1e-12)

@@ -8,6 +8,7 @@ from typing import Any
 from gradleak.attacks import active, closed_form, labels, recipes
 from gradleak.attacks.parts.objective import Engine
 from gradleak.attacks.recipe import Recipe
+from gradleak.defenses import gathered
 from gradleak.registry import build as _build
 from gradleak.registry import described_in
 from gradleak.seeding import target_generator
@@ -55,6 +56,7 @@ def attack_all(
         NotApplicable: an observation lacks what the attack needs.
     """
     claims: dict[int, Reconstruction] = {}
+    observations = [gathered(o) for o in observations]
     vectorised = isinstance(attack, Recipe)
     for group in _groups(observations) if vectorised else [[i] for i in range(len(observations))]:
         seen = [observations[i] for i in group]

@@ -15,6 +15,7 @@ from gradleak.attacks.parts.needs import require
 from gradleak.attacks.parts.objective import Engine, Objective, calibrated
 from gradleak.attacks.parts.search import Search, halvings
 from gradleak.attacks.parts.unknowns import Variables
+from gradleak.defenses import gathered
 from gradleak.types import About, Batch, Observation, Reconstruction
 
 
@@ -47,6 +48,10 @@ class Recipe(ABC):
     @abstractmethod
     def compose(self, seen: Sequence[Observation]) -> Objective:
         """The objective, for observations that share a state; trial axis and engine unset."""
+
+    def composed(self, seen: Sequence[Observation]) -> Objective:
+        """The objective of all rounds together, where the protection lets them tell more."""
+        return self.compose([gathered(o) for o in seen])
 
     @abstractmethod
     def search(self, objective: Objective, start: Variables) -> Search:
@@ -87,7 +92,7 @@ class Recipe(ABC):
         """
         for observation in seen:
             require(self.about, observation)
-        objective = self.compose(seen)
+        objective = self.composed(seen)
         targets = tuple(i for i in range(len(seen)) for _ in range(self.restarts))
         limit = Limit(trials_at_once or sys.maxsize)
         objective = replace(
@@ -120,7 +125,7 @@ class Recipe(ABC):
             engine: how trials run together; "auto" measures.
             trials_at_once: most trials that may step together; None leaves it to the engine.
         """
-        objective = self.compose(seen)
+        objective = self.composed(seen)
         limit = Limit(trials_at_once or sys.maxsize)
         streams = tuple(torch.Generator().manual_seed(0) for _ in seen)
         targets = tuple(range(len(seen)))
@@ -133,7 +138,7 @@ class Recipe(ABC):
         self, seen: Sequence[Observation], *, trials_at_once: int | None = None
     ) -> Engine:
         """Measure which engine suits these observations, without attacking them."""
-        objective = self.compose(seen)
+        objective = self.composed(seen)
         targets = tuple(i for i in range(len(seen)) for _ in range(self.restarts))
         limit = Limit(trials_at_once or sys.maxsize)
         objective = replace(objective, targets=targets, limit=limit)
@@ -142,11 +147,11 @@ class Recipe(ABC):
 
     def objective(self, seen: Observation) -> Callable[[Batch], float]:
         """The attack's own objective as a function of any claim (an auditor passes the truth)."""
-        return self.compose([seen]).at
+        return self.composed([seen]).at
 
     def fit(self, seen: Observation) -> Callable[[Batch], float]:
         """The matching term of the objective alone: 0 at the truth of a noiseless update."""
-        return replace(self.compose([seen]), penalties=()).at
+        return replace(self.composed([seen]), penalties=()).at
 
 
 def _settled(objective: Objective, start: Variables, engine: Engine) -> Objective:

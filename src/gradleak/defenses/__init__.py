@@ -7,10 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from gradleak.defenses.ats import ATS
+from gradleak.defenses.censor import Censor
 from gradleak.defenses.clip import Clip
+from gradleak.defenses.dgc import DGC
 from gradleak.defenses.gradient_slices import GradientSlices
 from gradleak.defenses.noise import GaussianNoise, LaplaceNoise
 from gradleak.defenses.none import NoDefense
+from gradleak.defenses.outpost import Outpost
 from gradleak.defenses.partial_sharing import PartialSharing
 from gradleak.defenses.precode import Precode
 from gradleak.defenses.quantize import Quantize
@@ -28,6 +31,7 @@ from gradleak.defenses.wrapped import (
     advanced,
     compensated,
     difference,
+    gathered,
     informed,
     norm,
     rebased,
@@ -53,6 +57,9 @@ DEFENSES: dict[str, type[Any]] = {
         ATS,
         Precode,
         GradientSlices,
+        DGC,
+        Outpost,
+        Censor,
     )
 }
 
@@ -75,6 +82,8 @@ def build(spec: str) -> Callable[[Mechanism], Mechanism]:
 __all__ = [
     "ATS",
     "DEFENSES",
+    "DGC",
+    "Censor",
     "Clip",
     "Defense",
     "GaussianNoise",
@@ -82,6 +91,7 @@ __all__ = [
     "LaplaceNoise",
     "Memory",
     "NoDefense",
+    "Outpost",
     "PartialSharing",
     "Precode",
     "Quantize",
@@ -97,6 +107,7 @@ __all__ = [
     "build",
     "compensated",
     "difference",
+    "gathered",
     "informed",
     "norm",
     "rebased",

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from gradleak.defenses.wrapped import Defense, Noise, Separable, Unbiased
+from gradleak.errors import IntractableLikelihood
 from gradleak.types import Batch, Likelihood, ModelState, Update
+
+_LEAST = 1e-3
 
 
 class Grid(Defense, Protocol):
@@ -18,6 +21,10 @@ class Grid(Defense, Protocol):
 
     def steps(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Width of the grid for every tensor, 0-dimensional and positive."""
+        ...
+
+    def shown(self, update: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same, read off what was sent."""
         ...
 
 
@@ -39,10 +46,41 @@ class Dithered(Unbiased):
             rounded[k] = step * (low + (coins.to(above.device) < above))
         return Update(rounded, clean.kind)
 
+    def given_grid(self) -> Likelihood:
+        """Probability of the points given the grid, against counting measure on it.
+
+        Raises:
+            IntractableLikelihood: what is rounded is random itself.
+        """
+        if not self.inner.deterministic:
+            raise IntractableLikelihood(f"{self.rule.id} of a random update: no exact density")
+        return Likelihood(self.inner, _Points(self.rule))
+
     def noised(self, noise: Noise) -> Likelihood:
         if not self.inner.deterministic:
             return super().noised(noise)
         return Likelihood(self.inner, _TwoAtoms(self.rule, noise))
+
+
+@dataclass(frozen=True)
+class _Points(Separable):
+    """1 − |u_j − c_j| / step on the two neighbours of c_j, for updates on the grid.
+
+    Below a thousandth the logarithm goes on as its tangent, for a search to find its way back from
+    claims that cannot be: the sum of probabilities is one to within a thousandth.
+    """
+
+    rule: Grid
+
+    def terms(
+        self, centre: Mapping[str, Tensor], update: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        steps = self.rule.shown(update)
+        left = {k: 1 - (update[k] - c).abs() / steps[k] for k, c in centre.items()}
+        return {
+            k: v.clamp(min=_LEAST).log() + (v - _LEAST).clamp(max=0) / _LEAST
+            for k, v in left.items()
+        }
 
 
 @dataclass(frozen=True)

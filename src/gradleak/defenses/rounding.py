@@ -15,8 +15,6 @@ from gradleak.defenses.wrapped import Mapped, Noise, Separable, log_mass, noise_
 from gradleak.mechanisms.client import check_positive
 from gradleak.types import Batch, Likelihood, Mechanism, ModelState, Update
 
-_LEAST = 1e-3
-
 
 @dataclass(frozen=True)
 class Round:
@@ -59,7 +57,11 @@ class Round:
 
     def steps(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Width of the grid for every tensor."""
-        return {k: torch.full((), self.step).to(v) for k, v in values.items()}
+        return {
+            k: torch.full((), self.step, dtype=v.dtype, device=v.device) for k, v in values.items()
+        }
+
+    shown = steps
 
 
 @dataclass(frozen=True)
@@ -107,26 +109,4 @@ class _Coins(Dithered):
 
     def likelihood(self, *, batch_size: int) -> Likelihood:
         """Probability of the points, against counting measure on the grid."""
-        if not self.inner.deterministic:
-            return super().likelihood(batch_size=batch_size)
-        return Likelihood(self.inner, _Points(self.rule.step))
-
-
-@dataclass(frozen=True)
-class _Points(Separable):
-    """1 − |u_j − c_j| / step on the two neighbours of c_j, for updates on the grid.
-
-    Below a thousandth the logarithm goes on as its tangent, for a search to find its way back from
-    claims that cannot be: the sum of probabilities is one to within a thousandth.
-    """
-
-    step: float
-
-    def terms(
-        self, centre: Mapping[str, Tensor], update: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        left = {k: 1 - (update[k] - c).abs() / self.step for k, c in centre.items()}
-        return {
-            k: v.clamp(min=_LEAST).log() + (v - _LEAST).clamp(max=0) / _LEAST
-            for k, v in left.items()
-        }
+        return self.given_grid()

@@ -15,7 +15,16 @@ from torch import Tensor
 from gradleak.defenses.sheet import Sheet
 from gradleak.errors import IntractableLikelihood
 from gradleak.mechanisms.likelihood import Likely
-from gradleak.types import Batch, Likelihood, Mechanism, ModelState, Update, UpdateKind
+from gradleak.mechanisms.vertical import Vertical
+from gradleak.types import (
+    Batch,
+    Likelihood,
+    Mechanism,
+    ModelState,
+    Observation,
+    Update,
+    UpdateKind,
+)
 
 
 class Defense(Protocol):
@@ -356,6 +365,25 @@ def _remembers(mechanism: Mechanism) -> bool:
     if isinstance(mechanism, Remembering):
         return True
     return isinstance(mechanism, Wrapped) and _remembers(mechanism.inner)
+
+
+@runtime_checkable
+class Gathering(Protocol):
+    """A protection whose rounds on one batch tell more together than the latest one does."""
+
+    def gathered(self, seen: Observation) -> Observation:
+        """The same as one round, where this protection is the outermost."""
+        ...
+
+
+def gathered(seen: Observation) -> Observation:
+    """What several rounds on one batch amount to as one, where the protection believed in says."""
+    layer = seen.mechanism
+    if len(seen.exchanges) == 1 or not isinstance(layer, Wrapped):
+        return seen
+    if isinstance(undefended(layer), Vertical) or not isinstance(layer.rule, Gathering):
+        return seen
+    return layer.rule.gathered(seen)
 
 
 @runtime_checkable

@@ -11,6 +11,7 @@ from gradleak.attacks.parts.client import plain_client
 from gradleak.attacks.parts.distances import Distance, l1, squared_l2
 from gradleak.attacks.parts.matching import Matching
 from gradleak.defenses import GaussianNoise, LaplaceNoise, NoDefense, Wrapped
+from gradleak.defenses.dithered import Dithered
 from gradleak.defenses.noise import AdditiveNoise
 from gradleak.defenses.wrapped import Around, Mapped, Separable, Through
 from gradleak.errors import IntractableLikelihood
@@ -38,12 +39,16 @@ class DataTerm:
 def data_term(seen: Sequence[Observation], *, dtype: torch.dtype) -> DataTerm:
     """The likelihood of the mechanism believed in, for observations that share it.
 
-    Where it has no density, updates count as Gaussian around its mean, with the variance that the
-    attacker finds by playing the client himself.
+    Where it has no density, quantised updates count by the probability of their levels given the
+    grid, and others as Gaussian around the mean, with the variance that the attacker finds by
+    playing the client himself.
     """
     first = seen[0]
     try:
-        known = first.mechanism.likelihood(batch_size=first.knowledge.batch_size or 1)
+        if isinstance(first.mechanism, Dithered):
+            known = first.mechanism.given_grid()
+        else:
+            known = first.mechanism.likelihood(batch_size=first.knowledge.batch_size or 1)
     except IntractableLikelihood:
         return DataTerm(Matching(seen, squared_l2, dtype=dtype), 1 / (2 * variance(first)))
     centre, density = known.centre, density_at(known, first.state)
