@@ -35,7 +35,9 @@ def main(source: Path, target: Path) -> None:
                 f'<circle cx="{x:.1f}" cy="{y}" r="4" fill="{COLOURS[who]}" fill-opacity="0.5"/>'
             )
         x = LEFT + WIDTH * statistics.mean(values) / MOST
-        parts.append(f'<path d="M{x:.1f} {y - 8}V{y + 8}" stroke="{COLOURS[who]}" stroke-width="3"/>')
+        parts.append(
+            f'<path d="M{x:.1f} {y - 8}V{y + 8}" stroke="{COLOURS[who]}" stroke-width="3"/>'
+        )
     target.write_text("\n".join([*parts, "</svg>"]) + "\n")
 
 
