@@ -89,7 +89,7 @@ class GradientSlices:
     sheet: ClassVar[Sheet] = Sheet(
         paper="Wang, Guo, Xie & Qi, Protect Privacy from Gradient Leakage Attack in Federated "
         "Learning, INFOCOM 2022",
-        link="https://doi.org/10.1109/INFOCOM48880.2022.9796841",
+        link="https://github.com/wangjunxiao/GradDefense",
         promises="a random pattern of noise that cannot be muted, at little cost in accuracy",
         broken_by="the slices that fit best: those without noise determine the input",
         cost="accuracy by the noise; an evaluation of risk every `refresh` rounds",

@@ -57,7 +57,7 @@ class BlindMask:
         title="Blind mask",
         paper="ours; it lets data drive the muting that Wang et al., INFOCOM 2022, is meant to "
         "prevent",
-        link="https://doi.org/10.1109/INFOCOM48880.2022.9796841",
+        link="https://github.com/wangjunxiao/GradDefense",
         modalities=frozenset({"image"}),
         needs=frozenset({Fact.BATCH_SIZE}),
         likelihood="Gaussian on the slices that fit best",
