@@ -54,4 +54,5 @@ def filtered(flat: Tensor, *, variance: float, shape: tuple[int, int], keep: Kep
     if keep == "outside":
         kept |= values <= low
     basis = vectors[:, kept]
-    return (matrix @ basis @ basis.T).flatten()[: len(flat)].to(flat)
+    kept_part: Tensor = matrix @ basis @ basis.T
+    return kept_part.flatten()[: len(flat)].to(flat)

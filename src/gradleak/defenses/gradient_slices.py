@@ -30,13 +30,12 @@ from gradleak.defenses.wrapped import (
 )
 from gradleak.errors import IntractableLikelihood, InvalidInput
 from gradleak.mechanisms import FedSGD
-from gradleak.mechanisms.client import check_positive, normalises
-from gradleak.seeding import normal
+from gradleak.mechanisms.client import Loss, check_positive, normalises
 from gradleak.types import Batch, Density, Likelihood, Mechanism, ModelState, Update
 
 _ROUNDS, _RISKS = "gradient-slices/rounds", "gradient-slices/risks"
 _PER_CLASS = 5
-_PROBES = 4
+_PROBES = 1
 _MOST_SUBSETS = 20_000
 
 
@@ -81,15 +80,16 @@ class GradientSlices:
     compensate: bool = True
     aspect: float = 6.0
     seed: int | None = None
-    refresh: int = 100
+    refresh: int = 500
     public: Batch | None = field(default=None, init=False, repr=False, compare=False)
+    digest: str = field(default="", init=False, repr=False)
 
     id: ClassVar[str] = "gradient-slices"
     title: ClassVar[str] = "Noise on random gradient slices"
     sheet: ClassVar[Sheet] = Sheet(
         paper="Wang, Guo, Xie & Qi, Protect Privacy from Gradient Leakage Attack in Federated "
         "Learning, INFOCOM 2022",
-        link="https://doi.org/10.1109/INFOCOM48880.2022.9796841",
+        link="https://github.com/wangjunxiao/GradDefense",
         promises="a random pattern of noise that cannot be muted, at little cost in accuracy",
         broken_by="the slices that fit best: those without noise determine the input",
         cost="accuracy by the noise; an evaluation of risk every `refresh` rounds",
@@ -123,11 +123,12 @@ class GradientSlices:
     def informed(self, public: Batch) -> Self:
         """Keep the first five examples of every class."""
         labels = public.classes
-        first = [torch.nonzero(labels == c).flatten()[:_PER_CLASS] for c in labels.unique()]
+        first = [torch.nonzero(labels == c).flatten()[:_PER_CLASS] for c in set(labels.tolist())]
         index = torch.cat(first).sort().values
         told = copy.copy(self)
         root = Batch(public.inputs[index].detach(), labels[index])
         object.__setattr__(told, "public", root)
+        object.__setattr__(told, "digest", _digest({"inputs": root.inputs, "labels": root.labels}))
         return told
 
     def compensated(self, values: Mapping[str, Tensor], *, clients: int) -> dict[str, Tensor]:
@@ -155,9 +156,8 @@ class GradientSlices:
     def cut(self, risks: Sequence[float], sizes: list[int]) -> tuple[Tensor, ...]:
         """Coordinates of every slice of the flat update, for given risks of the tensors."""
         if self.by == "layer":
-            return tuple(torch.arange(sum(sizes)).split(sizes))
-        divide = greedy if self.mode == "as-published" else cumulative
-        return tuple(divide(sizes, list(risks), self.slices))
+            return torch.split(torch.arange(sum(sizes)), sizes)
+        return _cut(self.mode, tuple(risks), tuple(sizes), self.slices)
 
     def risks(self, state: ModelState, core: Mechanism) -> tuple[float, ...]:
         """Leakage risk of every tensor, in the state's order."""
@@ -195,35 +195,47 @@ class _Case:
     """What risks depend on; equal by what it holds."""
 
     mode: str
-    digest: bytes
+    loss: Loss
+    digests: tuple[str, ...]
     state: ModelState = field(compare=False)
     public: Batch = field(compare=False)
-    core: Mechanism = field(compare=False)
 
     @classmethod
     def of(cls, rule: GradientSlices, state: ModelState, core: Mechanism) -> _Case:
         """A case in numbers that a change of precision on the way does not alter."""
         assert rule.public is not None
-        seen = hashlib.blake2b(repr(getattr(core, "loss", None)).encode())
-        for group in (state.params, state.buffers, {"public": rule.public.inputs}):
-            for name, value in group.items():
-                seen.update(name.encode())
-                seen.update(value.detach().float().cpu().numpy().tobytes())
-        return cls(rule.mode, seen.digest(), state, rule.public, core)
+        loss = getattr(core, "loss", FedSGD().loss)
+        digests = (rule.digest, _digest(state.params), _digest(state.buffers))
+        return cls(rule.mode, loss, digests, state, rule.public)
+
+
+def _digest(values: Mapping[str, Tensor]) -> str:
+    """Of names and numbers, as float32."""
+    seen = hashlib.blake2b()
+    for name, value in values.items():
+        seen.update(name.encode())
+        seen.update(value.detach().float().cpu().numpy().tobytes())
+    return seen.hexdigest()
 
 
 @lru_cache(maxsize=64)
 def _risks(case: _Case) -> tuple[float, ...]:
     state = case.state.to(torch.float32)
-    state = state.to(torch.float64)
     like = next(iter(state.params.values()))
-    public = Batch(case.public.inputs.float().to(like), case.public.labels.to(like.device))
-    loss = getattr(case.core, "loss", FedSGD().loss)
+    public = Batch(case.public.inputs.to(like), case.public.labels.to(like.device))
     if case.mode == "as-published":
-        found = all_ones_risk(state, public, loss=loss, batch_norm="eval")
+        found = all_ones_risk(state, public, loss=case.loss, batch_norm="eval")
     else:
-        found = frobenius_risk(state, public, loss=loss, batch_norm="eval", probes=_PROBES)
-    return tuple(found.values())
+        found = frobenius_risk(state, public, loss=case.loss, batch_norm="eval", probes=_PROBES)
+    return tuple(float(f"{risk:.3g}") for risk in found.values())  # alike on every machine
+
+
+@lru_cache(maxsize=64)
+def _cut(
+    mode: str, risks: tuple[float, ...], sizes: tuple[int, ...], slices: int
+) -> tuple[Tensor, ...]:
+    divide = greedy if mode == "as-published" else cumulative
+    return tuple(divide(list(sizes), list(risks), slices))
 
 
 @dataclass(frozen=True)
@@ -286,9 +298,9 @@ class Sliced(Unbiased):
         if self.rule.clip is not None:
             clean = self._clipped(state, batch, slices, noisy)
         flat = _flat(clean.values)
-        for j in sorted(noisy):
-            noise = normal(slices[j].shape, generator=generator, dtype=flat.dtype)
-            flat[slices[j]] += self.rule.std * noise.to(flat.device)
+        index = torch.cat([slices[j] for j in sorted(noisy)])
+        noise = self.rule.std * torch.randn(index.shape, generator=generator)
+        flat = flat.index_add(0, index.to(flat.device), noise.to(flat))
         return Update(_shaped(flat, clean.values), clean.kind)
 
     def _clipped(
@@ -297,7 +309,7 @@ class Sliced(Unbiased):
         """Mean of examples' gradients with every chosen slice of each inside the bound."""
         if getattr(self.inner, "batch_norm", "eval") == "train" and normalises(state.model):
             raise InvalidInput("gradient-slices:clip: expected --batch-norm eval")
-        bound = self.rule.clip
+        bound = self.rule.clip or math.inf
 
         def one(x: Tensor, y: Tensor) -> dict[str, Tensor]:
             values = self.inner.mean(state, Batch(x[None], y[None])).values
@@ -429,7 +441,7 @@ def _flat(values: Mapping[str, Tensor]) -> Tensor:
 
 
 def _shaped(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parts = flat.split([v.numel() for v in like.values()])
+    parts = torch.split(flat, [v.numel() for v in like.values()])
     return {k: p.reshape(v.shape) for (k, v), p in zip(like.items(), parts, strict=True)}
 
 

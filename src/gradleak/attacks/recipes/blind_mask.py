@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from gradleak.defenses.gradient_slices import Sliced
 from gradleak.seeding import child
 from gradleak.types import About, Attack, Batch, Exchange, Fact, Observation, Reconstruction, Update
 
-_ATTACKS: dict[str, type] = {kind.about.id: kind for kind in (DLG, InvertingGradients, LinearLayer)}
+_ATTACKS: dict[str, type[Any]] = {
+    kind.about.id: kind for kind in (DLG, InvertingGradients, LinearLayer)
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class BlindMask:
         title="Blind mask",
         paper="ours; it lets data drive the muting that Wang et al., INFOCOM 2022, is meant to "
         "prevent",
-        link="https://doi.org/10.1109/INFOCOM48880.2022.9796841",
+        link="https://github.com/wangjunxiao/GradDefense",
         modalities=frozenset({"image"}),
         needs=frozenset({Fact.BATCH_SIZE}),
         likelihood="Gaussian on the slices that fit best",
@@ -69,7 +71,7 @@ class BlindMask:
         if not isinstance(layer, Sliced):
             return self._inside(self.restarts)(seen, generator=generator)
         seen, shared = agreed(seen, layer)
-        claims = []
+        claims: list[Reconstruction] = []
         for trial in range(self.restarts):
             claims += self._claims(seen, layer, shared, child(generator, f"start/{trial}"))
             if self.attack == LinearLayer.about.id:
@@ -177,7 +179,7 @@ def silenced(
 
 def _with(seen: Observation, flat: Tensor) -> Observation:
     values = seen.update.values
-    parts = flat.split([v.numel() for v in values.values()])
+    parts = torch.split(flat, [v.numel() for v in values.values()])
     whole = {k: p.reshape(v.shape) for (k, v), p in zip(values.items(), parts, strict=True)}
     exchange = Exchange(seen.state, Update(whole, seen.update.kind))
     return replace(seen, exchanges=(*seen.exchanges[:-1], exchange))
