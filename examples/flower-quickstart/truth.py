@@ -6,9 +6,10 @@ python truth.py RECORDING TRUTH.safetensors
 import sys
 from pathlib import Path
 
+from quickstart.task import load_partition
+
 from gradleak.run.recordings import read_recording, write_truth
 from gradleak.types import Batch
-from quickstart.task import load_partition
 
 
 def main(recording: Path, target: Path) -> None:

@@ -42,9 +42,7 @@ def run_app(app: Mapping[str, ModuleType], *, nodes: int, **changes: Any) -> lis
     """Train on the in-process grid; returns what was recorded, if anything was."""
     config = {"num-server-rounds": 1, "learning-rate": 0.1, "examples": 1, "seed": 0, **changes}
     grid = InProcessGrid(app["client_app"].app, nodes=nodes, run_config=config)
-    context = Context(
-        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config
-    )
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
     app["server_app"].app(grid, context)
     directory = Path(str(config.get("recording", "")))
     return read_recording(directory) if (directory / "recording.json").exists() else []

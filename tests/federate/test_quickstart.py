@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -38,11 +39,7 @@ CLIENT: dict[str, Any] = {
 
 
 def psnr(report: gl.LeakageReport, *, defense: str, adaptive: bool = True) -> list[float]:
-    (found,) = [
-        f
-        for f in report.findings
-        if as_given(f) == defense and f["adaptive"] == adaptive
-    ]
+    (found,) = [f for f in report.findings if as_given(f) == defense and f["adaptive"] == adaptive]
     return [t["scores"]["psnr_db"][0] for t in found["targets"]]
 
 
@@ -117,9 +114,12 @@ def test_deployment_on_loopback(tmp_path: Path) -> None:
     """SuperLink, two SuperNodes and `flwr run`: what the server recorded is audited."""
     root = tmp_path / "app"
     shutil.copytree(EXAMPLE, root)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(3)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        port, *others = (str(probe.getsockname()[1]) for probe in probes)
+    address = f"127.0.0.1:{port}"
     home = tmp_path / "flwr"
     home.mkdir()
     (home / "config.toml").write_text(
@@ -130,12 +130,13 @@ def test_deployment_on_loopback(tmp_path: Path) -> None:
     environment["FLWR_DISABLE_UPDATE_CHECK"] = "1"
     binaries = Path(sys.executable).parent
     environment["PATH"] = f"{binaries}{os.pathsep}{environment['PATH']}"
-    host, _, port = address.partition(":")
-    fixed = ["--insecure", "--disable-runtime-dependency-installation"]
-    commands = [["flower-superlink", *fixed, "--host", host, "--port", port]] + [
-        ["flower-supernode", *fixed, "--superlink", address, "--port", "0",
+    here = ["--insecure", "--host", "127.0.0.1"]
+    commands = [
+        ["flower-superlink", *here, "--port", port, "--disable-runtime-dependency-installation"]
+    ] + [
+        ["flower-supernode", *here, "--port", other, "--superlink", address,
          "--node-config", f"partition-id={i} num-partitions=2"]
-        for i in range(2)
+        for i, other in enumerate(others)
     ]  # fmt: skip
     with (tmp_path / "log").open("w") as log:
         started = []
