@@ -10,7 +10,6 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-import torch
 from safetensors.torch import load_file
 
 import gradleak as gl
@@ -32,10 +31,7 @@ def main(target: Path) -> None:
     """Rows: the truth, and the claims from recordings under three protections."""
     rows = {}
     for title, defense in ROWS.items():
-        with tempfile.TemporaryDirectory() as scratch, imported(EXAMPLE) as app:
-            protect = app["client_app"].protect
-            app["client_app"].app._mods[:] = [protect(defense)]
-            torch.manual_seed(0)
+        with tempfile.TemporaryDirectory() as scratch, imported(EXAMPLE, defense=defense) as app:
             entries = run_app(app, nodes=NODES, recording=f"{scratch}/seen")
             truth = tell_truth(app["task"], entries, Path(scratch) / "truth.safetensors")
             report = gl.audit(

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 from flwr.app import Context, RecordDict
 
+from gradleak.federate import protect
 from gradleak.federate.grid import InProcessGrid
 from gradleak.run.recordings import Entry, read_recording, write_truth
 from gradleak.types import Batch
@@ -21,15 +23,17 @@ PARTS = ("task", "client_app", "server_app")
 
 
 @contextmanager
-def imported(root: Path) -> Iterator[dict[str, ModuleType]]:
-    """The modules of the app that lies in `root`."""
+def imported(root: Path, *, defense: str | None = None) -> Iterator[dict[str, ModuleType]]:
+    """The modules of the app that lies in `root`, under another protection than its own."""
     names = ["quickstart", *(f"quickstart.{part}" for part in PARTS)]
     before = dict(sys.modules)
     sys.path.insert(0, str(root))
     try:
         for name in names:
             sys.modules.pop(name, None)
-        yield {part: importlib.import_module(f"quickstart.{part}") for part in PARTS}
+        with patch("gradleak.federate.protect", lambda own: protect(defense or own)):
+            app = {part: importlib.import_module(f"quickstart.{part}") for part in PARTS}
+        yield app
     finally:
         sys.path.remove(str(root))
         for name in names:
