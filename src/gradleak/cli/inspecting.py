@@ -15,8 +15,9 @@ from gradleak.cli.tables import console
 from gradleak.data import Dataset
 from gradleak.detection import LIMITS, Evidence, suspicions
 from gradleak.errors import InvalidInput, NotApplicable
+from gradleak.run.replies import PUBLIC
 from gradleak.run.states import file_of
-from gradleak.run.trial import PUBLIC, divide, load_data
+from gradleak.run.trial import divide, load_data
 from gradleak.types import ModelState, Planting
 
 _OWN = 512

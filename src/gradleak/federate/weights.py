@@ -16,7 +16,7 @@ Weights = dict[str, Tensor]
 def trains(message: Message) -> bool:
     """Whether a message asks for training, under any name of the app's own."""
     kind: str = message.metadata.message_type
-    return kind.partition(".")[0] == MessageType.TRAIN
+    return bool(kind.partition(".")[0] == MessageType.TRAIN)
 
 
 def read(content: RecordDict, *, where: str) -> tuple[str, Weights]:

@@ -29,7 +29,10 @@ from gradleak.run.jobs import JobSpec, mechanism_of
 from gradleak.run.recordings import read_tensors
 from gradleak.run.states import broadcast
 from gradleak.run.store import TENSORS, write_whole
-from gradleak.types import Batch, DataSpec, Fact, ModelState, Observation
+from gradleak.types import Batch, DataSpec, Fact, Mechanism, ModelState, Observation
+
+PUBLIC = 4096
+"""Public examples that a malicious server looks at, and that protections are told of."""
 
 POOL = ".pool.safetensors"
 
@@ -89,9 +92,7 @@ def replies(job: JobSpec, truths: Dataset | None) -> list[Observation]:
     path = Path(job.directory) / str(job.updates)
     spec = _spec(path)
     state = state_of(job, spec)
-    client = mechanism_of(job)
-    if truths is not None:
-        client = informed(client, truths.batch(pool_split(job, truths).public))
+    client = client_told(job, truths)
     belief = client if Fact.MECHANISM in job.knows else undefended(client)
     stored = read_tensors(path)
     seen = []
@@ -112,6 +113,14 @@ def replies(job: JobSpec, truths: Dataset | None) -> list[Observation]:
         )
         seen.append(dataclasses.replace(one, server=job.threat.server))
     return seen
+
+
+def client_told(job: JobSpec, truths: Dataset | None) -> Mechanism:
+    """The client of a job, told of public examples where there are some."""
+    client = mechanism_of(job)
+    if truths is None:
+        return client
+    return informed(client, truths.batch(pool_split(job, truths).public[:PUBLIC]))
 
 
 def state_of(job: JobSpec, spec: DataSpec) -> ModelState:

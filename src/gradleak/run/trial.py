@@ -28,7 +28,7 @@ from gradleak.run.ceilings import ceiling
 from gradleak.run.jobs import JobSpec, adaptive, derive, mechanism_of
 from gradleak.run.predictions import floor, predictions
 from gradleak.run.preflight import merged, objective_warnings, preflight
-from gradleak.run.replies import POOL, pool_split, read_pool, replies, state_of
+from gradleak.run.replies import POOL, PUBLIC, client_told, pool_split, read_pool, replies, state_of
 from gradleak.run.states import broadcast
 from gradleak.run.store import TENSORS
 from gradleak.scenario import Scenario, simulate
@@ -45,9 +45,6 @@ from gradleak.types import (
 )
 
 SCHEMA_VERSION = 1
-
-PUBLIC = 4096
-"""Public examples that a malicious server looks at, and that protections are told of."""
 
 _GUESSED = ("diverged", "failed", "no_solution")
 
@@ -185,7 +182,7 @@ def simulate_targets(job: JobSpec, dataset: Dataset, division: Split) -> list[_T
 
 def _recorded_targets(job: JobSpec, dataset: Dataset, division: Split) -> list[_Target]:
     """The clients of a recorded job; what drew their randomness is theirs alone."""
-    mechanism = informed(mechanism_of(job), dataset.batch(division.public[:PUBLIC]))
+    mechanism = client_told(job, dataset)
     state = state_of(job, dataset.spec)
     targets = []
     for target, client, seen in zip(job.targets, job.clients, replies(job, dataset), strict=True):
