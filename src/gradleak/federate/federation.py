@@ -20,7 +20,7 @@ from gradleak.federate.topology import Edges, Star
 from gradleak.mechanisms import FedAvg, FedSGD
 from gradleak.mechanisms.client import template
 from gradleak.run.jobs import derive
-from gradleak.run.trial import PUBLIC
+from gradleak.run.replies import PUBLIC
 from gradleak.seeding import child
 from gradleak.types import Batch, Mechanism, ModelState
 

@@ -26,7 +26,7 @@ from gradleak.mechanisms import FedSGD
 from gradleak.reproductions.reproduction import Cell, Estimate, Reproduction, Request, Row
 from gradleak.reproductions.sources import available, current, divide, substituted
 from gradleak.run.jobs import derive
-from gradleak.run.trial import PUBLIC
+from gradleak.run.replies import PUBLIC
 from gradleak.scenario import Scenario, simulate
 from gradleak.threat import ThreatModel, Truth
 from gradleak.types import Attack, Batch, Fact, Mechanism, ModelState, Observation, Update
@@ -39,7 +39,7 @@ POINTS = 2.0
 CLIENTS, BATCH_SIZE, RATE = 10, 32, 0.2
 _WARM_UP = 2
 
-_STD = 0.1
+_STD = 0.2
 _SLICES = f"gradient-slices:std={_STD},mode=as-published"
 _CORRECTED = f"gradient-slices:std={_STD},mode=corrected"
 
