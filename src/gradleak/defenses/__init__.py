@@ -8,6 +8,7 @@ from typing import Any
 
 from gradleak.defenses.ats import ATS
 from gradleak.defenses.clip import Clip
+from gradleak.defenses.dp_sgd import DPSGD
 from gradleak.defenses.noise import GaussianNoise, LaplaceNoise
 from gradleak.defenses.none import NoDefense
 from gradleak.defenses.partial_sharing import PartialSharing
@@ -48,6 +49,7 @@ DEFENSES: dict[str, type[Any]] = {
         Round,
         Sign,
         Clip,
+        DPSGD,
         Soteria,
         ATS,
         Precode,
@@ -73,6 +75,7 @@ def build(spec: str) -> Callable[[Mechanism], Mechanism]:
 __all__ = [
     "ATS",
     "DEFENSES",
+    "DPSGD",
     "Clip",
     "Defense",
     "GaussianNoise",
