@@ -1,4 +1,4 @@
-"""DP-SGD: a step equals Opacus's, the noise has its scale, and the adaptive attacker its density."""
+"""DP-SGD: a step equals that of Opacus, its noise has its scale, and attackers have its density."""
 
 from __future__ import annotations
 
