@@ -32,7 +32,7 @@ SURROGATE = "sme:steps=150"
 
 def multiplier(target: float) -> float:
     """Noise multiplier of which one update has this ε."""
-    spent: Callable[[float], float] = lambda m: epsilon(DELTA, noise_multiplier=m) - target  # noqa: E731
+    spent: Callable[[float], float] = lambda m: epsilon(DELTA, noise_multiplier=m) - target
     return float(brentq(spent, 0.005, 50))
 
 
@@ -41,19 +41,22 @@ def audits() -> Iterator[tuple[str, dict[str, Any]]]:
     common = {"data": "mnist-5k", "knows": "labels", "workers": 0, "seed": 3}
     defenses = [f"dp-sgd:norm={NORM:g},noise_multiplier={multiplier(e):.4g}" for e in EPSILONS]
     attacks = ["linear-layer", ADAM, "bayes:steps=150,decay=0.97"]
-    yield "epsilon", common | dict(model="mlp", attacks=attacks, defenses=defenses, targets=16)
+    yield (
+        "epsilon",
+        common | {"model": "mlp", "attacks": attacks, "defenses": defenses, "targets": 16},
+    )
     for size in (1, 4, 16, 64):
-        batch = common | dict(batch_size=size, targets=8, defenses="none")
-        yield f"batch/mlp-{size}", batch | dict(model="mlp", attacks=["linear-layer", ADAM])
-        yield f"batch/lenet-{size}", batch | dict(model="lenet", attacks=ADAM)
+        batch = common | {"batch_size": size, "targets": 8, "defenses": "none"}
+        yield f"batch/mlp-{size}", batch | {"model": "mlp", "attacks": ["linear-layer", ADAM]}
+        yield f"batch/lenet-{size}", batch | {"model": "lenet", "attacks": ADAM}
     for size in (1, 4, 16):
-        colour = common | dict(data="cifar10", model="convnet", batch_size=size, targets=8)
-        yield f"batch/cifar-{size}", colour | dict(attacks=ADAM, defenses="none")
+        colour = common | {"data": "cifar10", "model": "convnet", "batch_size": size, "targets": 8}
+        yield f"batch/cifar-{size}", colour | {"attacks": ADAM, "defenses": "none"}
     for steps in (1, 5, 20):
-        local = common | dict(batch_size=4, targets=8, defenses="none", mechanism="fedavg")
-        local |= dict(local_steps=steps, local_learning_rate=0.05)
-        yield f"steps/mlp-{steps}", local | dict(model="mlp", attacks=["linear-layer", SURROGATE])
-        yield f"steps/lenet-{steps}", local | dict(model="lenet", attacks=[ADAM, SURROGATE])
+        local = common | {"batch_size": 4, "targets": 8, "defenses": "none", "mechanism": "fedavg"}
+        local |= {"local_steps": steps, "local_learning_rate": 0.05}
+        yield f"steps/mlp-{steps}", local | {"model": "mlp", "attacks": ["linear-layer", SURROGATE]}
+        yield f"steps/lenet-{steps}", local | {"model": "lenet", "attacks": [ADAM, SURROGATE]}
 
 
 def measure(place: Path, panels: list[str]) -> None:

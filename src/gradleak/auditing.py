@@ -136,6 +136,7 @@ def audit(
     attacks: str | Sequence[str] | None = None,
     defenses: str | Sequence[str] | None = None,
     knows: str | Sequence[str] | None = None,
+    unaware: bool | None = None,
     prior: str | None = None,
     bn_knowledge: str | None = None,
     server: str | None = None,
@@ -150,6 +151,7 @@ def audit(
     memory: float | None = None,
     ray: str | None = None,
     out: str | Path | None = None,
+    cost: str | Sequence[str] | None = None,
     fail_on: str | Sequence[str] | None = None,
 ) -> LeakageReport:
     """Simulate clients, attack their updates with and without protections, and write a report.
@@ -174,6 +176,7 @@ def audit(
         "attack": attacks,
         "defense": defenses,
         "knows": knows,
+        "unaware": unaware,
         "prior": prior,
         "bn_knowledge": bn_knowledge,
         "server": server,
@@ -188,6 +191,7 @@ def audit(
         "memory": memory,
         "ray": ray,
         "out": out,
+        "cost": cost,
         "fail_on": fail_on,
     }
     given = {name: value for name, value in arguments.items() if value is not None}
@@ -215,6 +219,7 @@ def run_audit(
         InvalidInput: the request makes no sense.
         WorkersFailed: worker processes do not start.
     """
+    from gradleak.report import costs
     from gradleak.report.html import render
 
     started = time.monotonic()
@@ -233,6 +238,7 @@ def run_audit(
     unprepared = dict.fromkeys(_stages(settings), Broadcast("", ""))
     jobs = plan(settings, dataset, division, states=unprepared)
     _check_directory(directory)
+    costs.check(settings.cost)
     arrange = functools.partial(
         _arranged, settings, state=ModelState.of(network), dataset=dataset, division=division
     )
@@ -256,6 +262,8 @@ def run_audit(
             seconds=clock(),
         )
         write_whole(directory / RESULT, jsonsafe.dumps(result, indent=1) + "\n")
+        if settings.cost:
+            costs.keep(directory, settings.cost)
         render(directory)
     return LeakageReport(directory, result)
 

@@ -88,6 +88,7 @@ def record(case: Case, pool: Batch, directory: Path, *, targets: int, model: str
         "batch_size": b,
     }
     name = f"digits/{model}/{case.stage}/fedsgd-b{b}/{case.defense}/{case.attack}"
+    name += "" if case.adaptive else " (unaware)"
     line: dict[str, Any] = {
         "schema_version": 1,
         "key": name,

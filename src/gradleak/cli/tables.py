@@ -35,7 +35,13 @@ def print_report(report: LeakageReport) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict", overflow="fold")
     for finding in report.findings:
-        row = [as_given(finding), finding["attack"], *_numbers(finding), _verdict(finding)]
+        unaware = "" if finding["adaptive"] else ", unaware"
+        row = [
+            as_given(finding),
+            finding["attack"] + unaware,
+            *_numbers(finding),
+            _verdict(finding),
+        ]
         table.add_row(*([_setting(finding)] if several else []), *row)
     out = console()
     out.print(table)
