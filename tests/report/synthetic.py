@@ -171,6 +171,36 @@ def result_of(found: Sequence[Mapping[str, Any]], **changes: Any) -> dict[str, A
     } | changes
 
 
+def trained(
+    place: Path,
+    defense: str,
+    accuracy: float,
+    *,
+    seconds: float = 2.0,
+    bytes_up: int = 1_000_000,
+    status: str = "done",
+    **settings: Any,
+) -> str:
+    """What `gradleak train` leaves in a directory."""
+    place.mkdir(parents=True)
+    chosen = {"data": "digits", "model": "lenet-tiny", "clients": 10, "rounds": 20, "seed": 0}
+    rounds = [
+        {"round": n, "accuracy": accuracy, "seconds": seconds, "bytes_up": bytes_up}
+        for n in range(1, 3)
+    ]
+    content = {
+        "schema_version": 1,
+        "settings": chosen | {"defense": defense} | settings,
+        "rounds": rounds,
+        "accuracy": accuracy,
+        "test_examples": 500,
+        "status": status,
+        "reason": "a client sent nan" if status == "stopped" else None,
+    }
+    (place / "training.json").write_text(jsonsafe.dumps(content))
+    return str(place)
+
+
 def write(
     directory: Path,
     cases: Sequence[Case],

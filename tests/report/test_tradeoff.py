@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,43 +17,13 @@ from gradleak.report.html import render
 from gradleak.report.view import Report
 from gradleak.run.jobs import defense_spec
 from tests.report import synthetic
-from tests.report.synthetic import Case
+from tests.report.synthetic import Case, trained
 
 NOISE, TOP_K, CLIP = "gaussian-noise:std=1", "top-k:fraction=0.1", "clip:norm=1"
 
 
 def full(notation: str) -> str:
     return defense_spec(notation)[1]
-
-
-def trained(
-    place: Path,
-    defense: str,
-    accuracy: float,
-    *,
-    seconds: float = 2.0,
-    bytes_up: int = 1_000_000,
-    status: str = "done",
-    **settings: Any,
-) -> str:
-    """What `gradleak train` leaves in a directory."""
-    place.mkdir(parents=True)
-    chosen = {"data": "digits", "model": "lenet-tiny", "clients": 10, "rounds": 20, "seed": 0}
-    rounds = [
-        {"round": n, "accuracy": accuracy, "seconds": seconds, "bytes_up": bytes_up}
-        for n in range(1, 3)
-    ]
-    content = {
-        "schema_version": 1,
-        "settings": chosen | {"defense": defense} | settings,
-        "rounds": rounds,
-        "accuracy": accuracy,
-        "test_examples": 500,
-        "status": status,
-        "reason": "a client sent nan" if status == "stopped" else None,
-    }
-    (place / "training.json").write_text(jsonsafe.dumps(content))
-    return str(place)
 
 
 @pytest.fixture
@@ -99,7 +68,7 @@ def test_trainings_are_matched_and_what_is_unknown_is_listed(
     sparse = lines["top-k"].cost
     assert isinstance(sparse, costs.Cost)
     assert sparse.larger == pytest.approx(0.2)
-    assert {line.any.raw["defense"]: line.why for line in found.unknown} == {
+    assert {line.any.raw["defense"]: line.why for line in found.lines if line.why} == {
         "laplace-noise": "no training with this protection and these fields",
         "precode": "the training was stopped after 2 rounds: a client sent nan",
     }

@@ -117,11 +117,11 @@ def cost_of(
     """What a protection costs on the data and network of a scenario, or why nobody knows.
 
     Args:
-        spec: notation of the protection with every field.
+        spec: notation of the protection.
         scenario: of its findings.
         trainings: as `kept` returns them.
     """
-    named = [t for t in trainings if t["defense"] == spec]
+    named = [t for t in trainings if t["defense"] == _full(spec)]
     if not named:
         return "no training with this protection and these fields"
     here = [

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from gradleak.report.view import Finding
 
 
+NAMED = 3
+"""Protections of the front that the title names."""
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """One protection.
@@ -63,7 +67,7 @@ class Line:
         """Why it cannot be drawn."""
         if isinstance(self.cost, str):
             return self.cost
-        return "" if self.adaptive is not None else "no adaptive attack was measured"
+        return "" if self.known else "no adaptive attack was measured"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +115,6 @@ class Tradeoff:
         return bool(self.lines) and (self.priced or self.paired)
 
     @property
-    def unknown(self) -> list[Line]:
-        """Protections that the chart lacks."""
-        return [line for line in self.lines if not line.known] if self.priced else []
-
-    @property
     def title(self) -> str:
         """What the comparison shows."""
         best = [x for x in self.lines if x.best and x.any.raw["defense"] != "none"]
@@ -124,7 +123,9 @@ class Tradeoff:
         if self.priced and not best:
             return "No protection leaks less than none at any price that was measured"
         if self.priced:
-            words = [f"{x.any.name} ({_price(x)})" for x in best]
+            words = [f"{x.any.name} ({_price(x)})" for x in best[:NAMED]]
+            if len(best) > NAMED:
+                words.append(wording.plural(len(best) - NAMED, "other protection"))
             return f"Nothing that was tried leaks less for less than {wording.listing(words, 'or')}"
         gains = [
             (_psnr(x.adaptive) - _psnr(x.unaware), x)
