@@ -1,6 +1,7 @@
 """Measure the tables of docs/differential-privacy.md and draw its picture.
 
     python docs/assets/differential_privacy.py measure DIR [PANEL ...]
+    python docs/assets/differential_privacy.py table DIR
     python docs/assets/differential_privacy.py draw DIR
 
 Every audit has a directory of its own below DIR; the same command goes on after the last.
@@ -19,10 +20,10 @@ from scipy.optimize import brentq
 
 import gradleak as gl
 from gradleak.data import load, split
-from gradleak.defenses import DPSGD, Sent
+from gradleak.defenses import DPSGD, Clip
 from gradleak.metrics import clopper_pearson, epsilon, gaussian_ceiling
 from gradleak.models import build
-from gradleak.types import Batch, ModelState, Update
+from gradleak.types import Batch, ModelState
 
 EPSILONS = (1, 3, 10, 100, 1000)
 DELTA, NORM, TRIALS, BANK = 1e-5, 1.0, 600, 100
@@ -73,18 +74,21 @@ def measure(place: Path, panels: list[str]) -> None:
 
 
 def informed(kind: str, target: float) -> list[int]:
-    """Hits and trials of an adversary who has the candidates: the likeliest under the update."""
-    rows = torch.eye(BANK) if kind == "canaries" else gradients()
+    """Hits and trials of an adversary who has the candidates: the likeliest under the update.
+
+    Noise matters in the span of the candidates c_i alone: ⟨c, noise⟩ has covariance σ² c cᵀ.
+    """
+    rows = (torch.eye(BANK) if kind == "canaries" else gradients()).double()
     client = DPSGD(NORM, multiplier(target))
-    means = client(Sent(Update({"u": rows[0]}, "gradient"))).inner.rule  # type: ignore[attr-defined]
-    clipped = torch.stack([means.map({"u": row})["u"] for row in rows])
+    clipped = torch.stack([Clip(client.norm).map({"u": row})["u"] for row in rows])
+    gram = clipped @ clipped.T
+    values, vectors = torch.linalg.eigh(gram)
+    root = vectors * values.clamp(min=0).sqrt()
+    true = torch.arange(TRIALS) % BANK
     generator = torch.Generator().manual_seed(0)
-    noise, hits = client.noise(1), 0
-    for trial in range(TRIALS):
-        true = trial % BANK
-        sent = clipped[true] + noise.draw(clipped[true], generator)
-        hits += int((clipped - sent).square().sum(1).argmin()) == true
-    return [hits, TRIALS]
+    normal = torch.randn((TRIALS, BANK), generator=generator, dtype=torch.float64)
+    scores = gram[true] + client.noise(1).std * normal @ root.T
+    return [int((scores - gram.diagonal() / 2).argmax(1).eq(true).sum()), TRIALS]
 
 
 def gradients() -> torch.Tensor:
@@ -135,6 +139,116 @@ def table(place: Path) -> None:
             print(f"({seen.low:.1%} to {seen.high:.1%}), ceiling {ceiling:.1%}")
 
 
+BLUE, RED, GREEN, GREY = "#2b5fa8", "#b4531f", "#2f7d4f", "#8a94a3"
+Series = tuple[str, str, list[tuple[float, float, float]]]
+"""Name, colour, and (value, low, high) by position."""
+
+
+def draw(place: Path, target: Path) -> None:
+    """Identification against ε beside its ceiling; PSNR against batch size and local steps."""
+    counts = json.loads((place / "informed.json").read_text())
+    ceiling = [gaussian_ceiling(1 / BANK, noise_multiplier=multiplier(e)) for e in EPSILONS]
+    shares = [
+        ("ceiling, one update", GREEN, [(100 * c, 100 * c, 100 * c) for c in ceiling]),
+        ("canaries, told apart by likelihood", RED, [share(*c) for c in counts["canaries"]]),
+        ("images, told apart by likelihood", BLUE, [share(*c) for c in counts["images"]]),
+        ("images, best reconstruction", GREY, [best(place, e) for e in EPSILONS]),
+    ]
+    sizes = {size: spread(place, f"batch/lenet-{size}") for size in (1, 4, 16, 64)}
+    local = {steps: spread(place, f"steps/lenet-{steps}") for steps in (1, 5, 20)}
+    parts = panel(0, "identified of 100 (%)", "ε of one update, δ = 1e-5", EPSILONS, shares, 100)
+    for left, label, found in ((1, "batch size", sizes), (2, "local steps, batch 4", local)):
+        lines = [
+            ("mean", BLUE, [mean for mean, _ in found.values()]),
+            ("worst image", RED, [(worst, worst, worst) for _, worst in found.values()]),
+        ]
+        parts += panel(left, "PSNR (dB), lenet, no protection", label, tuple(found), lines, 50)
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 340" '
+    head += 'font-family="sans-serif" font-size="12" fill="#1c2430">'
+    body = [head, '<rect width="960" height="340" fill="#ffffff"/>', *parts, "</svg>"]
+    target.write_text("\n".join(body) + "\n")
+
+
+def share(hits: int, trials: int) -> tuple[float, float, float]:
+    """A share and its 99.8 % interval, in per cent."""
+    seen = clopper_pearson(hits, trials, confidence=0.998)
+    return 100 * hits / trials, 100 * seen.low, 100 * seen.high
+
+
+def best(place: Path, target: float) -> tuple[float, float, float]:
+    """The most that one of the attacks identified at this ε, in per cent."""
+    spec = f"noise_multiplier={multiplier(target):.4g},"
+    seen = [
+        finding["measurements"]["identified"]
+        for _, finding in findings(place, "epsilon")
+        if spec in finding["defense_spec"]
+    ]
+    most = max(seen, key=lambda m: float(m["value"]))
+    return 100 * most["value"], 100 * most["low"], 100 * most["high"]
+
+
+def spread(place: Path, name: str) -> tuple[tuple[float, float, float], float]:
+    """Mean PSNR of the better attack with its interval, and the worst image of both, in dB."""
+    panel_of = name.partition("/")[0]
+    seen = [
+        finding["measurements"]["psnr_db"]
+        for audit, finding in findings(place, panel_of)
+        if audit == name
+    ]
+    top = max(seen, key=lambda m: float(m["value"]))
+    worst = max(float(m["quantiles"]["worst_case"]) for m in seen)
+    return (top["value"], top["low"], top["high"]), worst
+
+
+def panel(
+    number: int,
+    title: str,
+    label: str,
+    positions: tuple[float, ...],
+    lines: list[Series],
+    highest: float,
+) -> list[str]:
+    """One chart; positions are evenly spaced."""
+    left, top, width, height = 40 + 320 * number, 40, 250, 180
+
+    def up(value: float) -> float:
+        return top + height * (1 - min(max(value, 0), highest) / highest)
+
+    parts = [f'<text x="{left - 24}" y="20" font-weight="bold">{title}</text>']
+    for tick in range(0, int(highest) + 1, int(highest) // 5):
+        parts.append(
+            f'<path d="M{left} {up(tick):.0f}H{left + width}" stroke="#dde3ea"/>'
+            f'<text x="{left - 6}" y="{up(tick) + 4:.0f}" text-anchor="end">{tick}</text>'
+        )
+    across = [left + 20 + (width - 40) * i / (len(positions) - 1) for i in range(len(positions))]
+    for x, position in zip(across, positions, strict=True):
+        parts.append(
+            f'<text x="{x:.0f}" y="{top + height + 18}" text-anchor="middle">{position}</text>'
+        )
+    parts.append(
+        f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">{label}</text>'
+    )
+    for place, (name, colour, values) in enumerate(lines):
+        spots = [(x + 4 * (place - 1), up(v)) for x, (v, _, _) in zip(across, values, strict=True)]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}"/>')
+        for (x, y), (_, low, high) in zip(spots, values, strict=True):
+            parts.append(
+                f'<path d="M{x:.1f} {up(low):.1f}V{up(high):.1f}" stroke="{colour}"/>'
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>'
+            )
+        beneath = top + height + 58 + 16 * place
+        parts.append(
+            f'<circle cx="{left}" cy="{beneath - 4}" r="4" fill="{colour}"/>'
+            f'<text x="{left + 10}" y="{beneath}">{name}</text>'
+        )
+    return parts
+
+
 if __name__ == "__main__":
     verb, place = sys.argv[1], Path(sys.argv[2])
-    {"measure": lambda: measure(place, sys.argv[3:]), "table": lambda: table(place)}[verb]()
+    {
+        "measure": lambda: measure(place, sys.argv[3:]),
+        "table": lambda: table(place),
+        "draw": lambda: draw(place, Path(__file__).with_name("differential-privacy.svg")),
+    }[verb]()
