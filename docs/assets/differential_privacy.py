@@ -155,7 +155,11 @@ def draw(place: Path, target: Path) -> None:
         ("images, best reconstruction", GREY, [best(place, e) for e in EPSILONS]),
     ]
     sizes = {size: spread(place, f"batch/lenet-{size}") for size in (1, 4, 16, 64)}
-    local = {steps: spread(place, f"steps/lenet-{steps}") for steps in (1, 5, 20)}
+    local = {
+        steps: spread(place, name)
+        for steps in (1, 5, 20)
+        if (place / (name := f"steps/lenet-{steps}") / "result.json").exists()
+    }
     parts = panel(0, "identified of 100 (%)", "ε of one update, δ = 1e-5", EPSILONS, shares, 100)
     for left, label, found in ((1, "batch size", sizes), (2, "local steps, batch 4", local)):
         lines = [
