@@ -174,7 +174,7 @@ def result_of(found: Sequence[Mapping[str, Any]], **changes: Any) -> dict[str, A
 def trained(
     place: Path,
     defense: str,
-    accuracy: float,
+    accuracy: float | None,
     *,
     seconds: float = 2.0,
     bytes_up: int = 1_000_000,

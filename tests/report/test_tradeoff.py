@@ -88,12 +88,16 @@ def test_other_conditions_are_no_price(tmp_path: Path) -> None:
         trained(tmp_path / "none", "none", 0.9, rounds=50),
         trained(tmp_path / "clip", CLIP, 0.8),
         trained(tmp_path / "noise", NOISE, 0.8, data="mnist"),
+        trained(tmp_path / "top-k", TOP_K, None, status="interrupted"),
     ]
     costs.keep(tmp_path, sources)
     known = costs.kept(tmp_path)
     scene = {"data": "digits", "model": "lenet-tiny"}
     assert costs.cost_of(full(CLIP), scene, known) == (
         "no undefended training under the same conditions"
+    )
+    assert costs.cost_of(full(TOP_K), scene, known) == (
+        "the training was interrupted after 2 rounds"
     )
     assert costs.cost_of(full(NOISE), scene, known) == "trained on mnist, lenet-tiny instead"
 

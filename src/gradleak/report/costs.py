@@ -99,7 +99,7 @@ def _summary(source: str) -> dict[str, Any]:
             "source": source,
             "defense": _full(str(settings["defense"])),
             "conditions": {name: settings.get(name) for name in _CONDITIONS},
-            "accuracy": float(content["accuracy"]),
+            "accuracy": math.nan if content["accuracy"] is None else float(content["accuracy"]),
             "test_examples": int(content["test_examples"]),
             "seconds": _mean([float(r["seconds"]) for r in rounds]),
             "bytes_up": _mean([float(r["bytes_up"]) for r in rounds]),
