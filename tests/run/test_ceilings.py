@@ -222,7 +222,7 @@ def test_half_of_the_accounted_noise_is_an_error_on_the_command_line(
     strongest(monkeypatch, canaries)
     audit = [
         "audit", "--data", canaries, "--model", f"{__name__}:one_layer", "--workers", "0",
-        "--attack", "linear-layer", "--defense", "dp-sgd:norm=0.1,noise_multiplier=0.6",
+        "--attack", "linear-layer", "--defense", "dp-sgd:norm=0.1,noise_multiplier=0.6,rounds=4",
         "--targets", "24", "--quiet", "--out",
     ]  # fmt: skip
     assert run([*audit, str(tmp_path / "honest")]) == 0
@@ -233,3 +233,4 @@ def test_half_of_the_accounted_noise_is_an_error_on_the_command_line(
     page = (tmp_path / "half" / "report.html").read_text()
     assert "broken-limit" in page
     assert "one update has ε = 8 at δ = 1e−05" in page
+    assert "4 rounds at a sampling rate of 100 % have ε = " in page
