@@ -12,6 +12,7 @@ from gradleak import auditing, jsonsafe, priors
 from gradleak.errors import InvalidInput
 from gradleak.report.schema import validate_result
 from gradleak.run import trial
+from tests.report import synthetic
 
 SMALL: dict[str, Any] = {
     "data": "digits",
@@ -133,6 +134,32 @@ def test_claims_are_compared_with_what_the_client_trained_on(tmp_path: Path) -> 
     page = report.page.read_text()
     assert "before its transformation" in page
     assert "Original" in page
+
+
+def test_both_attackers_and_the_price_in_one_audit(tmp_path: Path) -> None:
+    prices = {"none": 0.9, "sign": 0.8}
+    places = [tmp_path / name for name in prices]
+    trained = list(map(synthetic.trained, places, prices, prices.values()))
+    report = gl.audit(
+        **SMALL | {"attacks": "inverting-gradients:steps=3", "defenses": "sign", "model": "lenet"},
+        unaware=True,
+        cost=trained,
+        out=tmp_path / "out",
+    )
+    assert [(f["defense"], f["adaptive"]) for f in report.findings] == [
+        ("none", True),
+        ("sign", True),
+        ("sign", False),
+    ]
+    assert report.findings[2]["id"] == report.findings[1]["id"] + " (unaware)"
+    assert "mechanism" not in report.findings[2]["threat"]["knows"]
+    page = report.page.read_text()
+    assert "not in the chart: trained on digits, lenet-tiny instead" in page
+    assert "inverting-gradients, unaware" in page
+    assert "Attackers who know the protection" not in page
+    with pytest.raises(InvalidInput, match=r"no training\.json"):
+        gl.audit(**SMALL, cost="nowhere", out=tmp_path / "never")
+    assert not (tmp_path / "never" / "result.json").exists()
 
 
 def test_a_broken_attack_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,7 @@ def audit(
     attacks: str | Sequence[str] | None = None,
     defenses: str | Sequence[str] | None = None,
     knows: str | Sequence[str] | None = None,
+    unaware: bool | None = None,
     prior: str | None = None,
     bn_knowledge: str | None = None,
     server: str | None = None,
@@ -151,6 +152,7 @@ def audit(
     memory: float | None = None,
     ray: str | None = None,
     out: str | Path | None = None,
+    cost: str | Sequence[str] | None = None,
     fail_on: str | Sequence[str] | None = None,
     recorded: str | Path | None = None,
     truth: str | Path | None = None,
@@ -179,6 +181,7 @@ def audit(
         "attack": attacks,
         "defense": defenses,
         "knows": knows,
+        "unaware": unaware,
         "prior": prior,
         "bn_knowledge": bn_knowledge,
         "server": server,
@@ -193,6 +196,7 @@ def audit(
         "memory": memory,
         "ray": ray,
         "out": out,
+        "cost": cost,
         "fail_on": fail_on,
     }
     given = {name: value for name, value in arguments.items() if value is not None}
@@ -233,6 +237,8 @@ def run_audit(
         InvalidInput: the request makes no sense.
         WorkersFailed: worker processes do not start.
     """
+    from gradleak.report import costs
+
     started = time.monotonic()
     given = list(given)
     watcher = watcher or Unwatched()
@@ -249,6 +255,7 @@ def run_audit(
     unprepared = dict.fromkeys(_stages(settings), Broadcast("", ""))
     jobs = plan(settings, dataset, division, states=unprepared)
     check_directory(directory)
+    costs.check(settings.cost)
     resident = dataset.images.nbytes + dataset.labels.nbytes
     resident += 4 * len(division.public) * dataset.images[0].numel()  # the public half in float32
     arrange = functools.partial(
@@ -306,6 +313,7 @@ def carry_out(
         started: when the audit began, on the monotonic clock.
         about: what the result says of the request.
     """
+    from gradleak.report import costs
     from gradleak.report.html import render
 
     clock = _Clock(started, store, jobs)
@@ -314,6 +322,8 @@ def carry_out(
     watcher.preparing("writing the report")
     result = _result(settings, records, about=about, seconds=clock())
     write_whole(store.directory / RESULT, jsonsafe.dumps(result, indent=1) + "\n")
+    if settings.cost:
+        costs.keep(store.directory, settings.cost)
     render(store.directory)
     return LeakageReport(store.directory, result)
 

@@ -30,6 +30,7 @@ from gradleak.errors import InvalidInput
 from gradleak.run import states
 from gradleak.run.jobs import (
     BANK,
+    UNAWARE,
     JobSpec,
     attack_spec,
     client_of,
@@ -294,7 +295,7 @@ def _jobs(
         state = states.keep(replies[0].state, network, directory)
         full_attack = attack_spec(attack, budget=settings.budget)
         where = (name, settings.model, stage, f"{settings.mechanism}-b{batch_size}")
-        finding = "/".join((*where, *([] if known else ["unaware"]), given, attack))
+        finding = "/".join((*where, given, attack)) + ("" if known else UNAWARE)
         facts = set(settings.knows) - {str(Fact.MECHANISM)}
         for number, members in enumerate(groups(len(replies))):
             chosen = [replies[i] for i in members]

@@ -153,3 +153,12 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert unbuilt not in shown
     assert run(["audit", "--help"]) == 0
     assert "--fail-on" in capsys.readouterr().out
+
+
+def test_a_data_sheet_says_what_epsilon_is_spent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["list", "defenses", "dp-sgd:noise_multiplier=2,rounds=4"]) == 0
+    shown = capsys.readouterr().out
+    assert "ε = 1.99 at δ = 1e-05" in shown
+    assert "ε = 4.38 (exact)" in shown, "four steps at 2 are one at 1"
+    assert run(["list", "defenses", "dp-sgd:noise=2"]) == 2
+    assert "has no field 'noise'" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from gradleak.report import costs
 from gradleak.report.html import render
 from tests.report import synthetic
 
@@ -79,8 +80,14 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     directory = tmp_path_factory.mktemp(request.param) / "out"
     if request.param == "typical":
         synthetic.write(
-            directory, synthetic.TYPICAL, fail_on=[{"condition": "psnr_db>20", "holds": True}]
+            directory,
+            (*synthetic.TYPICAL, synthetic.Case("clip:norm=1", "dlg", 2.0, adaptive=False)),
+            fail_on=[{"condition": "psnr_db>20", "holds": True}],
         )
+        prices = {"none": 0.92, "clip:norm=1": 0.9, "gaussian-noise:std=1": 0.5}
+        places = [directory.parent / str(n) for n in range(len(prices))]
+        trained = map(synthetic.trained, places, prices, prices.values())
+        costs.keep(directory, list(trained))
     else:
         synthetic.write(directory, synthetic.MANY, channels=3, targets=3)
     return render(directory)

@@ -11,7 +11,13 @@ from torch import nn
 from gradleak.defenses import Clip, GaussianNoise
 from gradleak.errors import InvalidInput
 from gradleak.mechanisms import FedSGD
-from gradleak.metrics import clopper_pearson, dp_ceiling, epsilon_curve, gaussian_ceiling
+from gradleak.metrics import (
+    clopper_pearson,
+    dp_ceiling,
+    epsilon,
+    epsilon_curve,
+    gaussian_ceiling,
+)
 from gradleak.types import Batch, ModelState
 
 TRIALS = 600
@@ -142,6 +148,35 @@ def test_what_the_accountant_cannot_resolve_proves_nothing() -> None:
     curve = epsilon_curve(noise_multiplier=1.0, sample_rate=0.2, steps=1)
     assert curve(0.0) == np.inf
     assert curve(1e-13) == np.inf
+
+
+@pytest.mark.usefixtures("opacus")
+@pytest.mark.parametrize("noise", [0.1, 0.5, 1.0, 4.0])
+@pytest.mark.parametrize("steps", [1, 9])
+def test_epsilon_in_closed_form_stands_below_what_opacus_bounds(noise: float, steps: int) -> None:
+    """The definition at the root, and the curve of Renyi divergences above it."""
+    found = epsilon(1e-5, noise_multiplier=noise, steps=steps)
+    mu = steps**0.5 / noise
+    first, second = stats.norm.cdf([mu / 2 - found / mu, -mu / 2 - found / mu])
+    assert first - np.exp(found) * second == pytest.approx(1e-5, rel=1e-6)
+    bound = epsilon(1e-5, noise_multiplier=noise, steps=steps, accountant="rdp")
+    assert found <= bound <= 1.2 * found
+    exact = gaussian_ceiling(0.01, noise_multiplier=noise, steps=steps)
+    by_epsilon = dp_ceiling(0.01, lambda delta: epsilon(delta, noise_multiplier=noise, steps=steps))
+    assert by_epsilon == pytest.approx(exact, rel=1e-3), "the curve says all that there is"
+
+
+@pytest.mark.usefixtures("opacus")
+def test_epsilon_of_sampled_rounds_is_that_of_the_accountants() -> None:
+    from opacus.accountants import PRVAccountant, RDPAccountant
+
+    for name, kind in (("prv", PRVAccountant), ("rdp", RDPAccountant)):
+        accountant = kind()
+        accountant.history = [(1.1, 0.02, 500)]
+        assert epsilon(
+            1e-5, noise_multiplier=1.1, sample_rate=0.02, steps=500, accountant=name
+        ) == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-2)
+    assert epsilon(0.5, noise_multiplier=4.0) == 0.0, "δ alone covers it"
 
 
 def test_invalid_inputs_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

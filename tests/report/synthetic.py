@@ -88,6 +88,7 @@ def record(case: Case, pool: Batch, directory: Path, *, targets: int, model: str
         "batch_size": b,
     }
     name = f"digits/{model}/{case.stage}/fedsgd-b{b}/{case.defense}/{case.attack}"
+    name += "" if case.adaptive else " (unaware)"
     line: dict[str, Any] = {
         "schema_version": 1,
         "key": name,
@@ -168,6 +169,36 @@ def result_of(found: Sequence[Mapping[str, Any]], **changes: Any) -> dict[str, A
         "command": "gradleak audit --data digits --defense none --defense clip:norm=1 --seed 0",
         "fail_on": [],
     } | changes
+
+
+def trained(
+    place: Path,
+    defense: str,
+    accuracy: float | None,
+    *,
+    seconds: float = 2.0,
+    bytes_up: int = 1_000_000,
+    status: str = "done",
+    **settings: Any,
+) -> str:
+    """What `gradleak train` leaves in a directory."""
+    place.mkdir(parents=True)
+    chosen = {"data": "digits", "model": "lenet-tiny", "clients": 10, "rounds": 20, "seed": 0}
+    rounds = [
+        {"round": n, "accuracy": accuracy, "seconds": seconds, "bytes_up": bytes_up}
+        for n in range(1, 3)
+    ]
+    content = {
+        "schema_version": 1,
+        "settings": chosen | {"defense": defense} | settings,
+        "rounds": rounds,
+        "accuracy": accuracy,
+        "test_examples": 500,
+        "status": status,
+        "reason": "a client sent nan" if status == "stopped" else None,
+    }
+    (place / "training.json").write_text(jsonsafe.dumps(content))
+    return str(place)
 
 
 def write(

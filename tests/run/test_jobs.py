@@ -84,6 +84,18 @@ def test_defenses_compose() -> None:
     assert spec == "clip:norm=2.0,scope=update+gaussian-noise:std=0.01,scope=update"
 
 
+def test_every_protection_is_attacked_unaware_too_and_the_rest_stays_as_it_was() -> None:
+    request = {"attack": ["dlg", "idlg"], "defense": ["none", "clip"], "targets": 2}
+    usual, both = jobs(**request), jobs(**request, unaware=True)
+    assert {j.key for j in usual} <= {j.key for j in both}
+    added = [j for j in both if j not in usual]
+    assert [j.finding.rpartition("/")[2] for j in added] == ["dlg (unaware)", "idlg (unaware)"]
+    assert {j.defense for j in added} == {"clip"}
+    assert {j.knows for j in added} == {("batch_size",)}
+    with pytest.raises(InvalidInput, match="--unaware contradicts"):
+        jobs(unaware=True, knows="no-mechanism")
+
+
 def test_seeds_differ_by_use() -> None:
     made = {derive(0, *names) for names in (("model",), ("split",), ("client", 0), ("client", 1))}
     assert len(made) == 4

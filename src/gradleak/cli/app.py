@@ -91,6 +91,10 @@ Knows = Annotated[
     list[str] | None,
     _option("more facts granted, no-FACT takes one away [batch_size,mechanism]", _ATTACKER),
 ]
+Unaware = Annotated[
+    bool | None,
+    _option("attack every protection once more as if there were none", _ATTACKER, "--unaware"),
+]
 Prior = Annotated[
     str | None,
     _option(
@@ -146,6 +150,14 @@ Ray = Annotated[
 Out = Annotated[
     str | None, _option("directory of the report; the same one resumes", _OUTPUT, metavar="DIR")
 ]
+Cost = Annotated[
+    list[str] | None,
+    _option(
+        "directory of `gradleak train`, for what protections cost; repeatable",
+        _OUTPUT,
+        metavar="DIR",
+    ),
+]
 FailOn = Annotated[
     list[str] | None,
     _option("exit with status 1 if [DEFENSE:]METRIC>NUMBER holds; repeatable", _OUTPUT),
@@ -183,6 +195,7 @@ def audit(
     attack: Attacks = None,
     defense: Defenses = None,
     knows: Knows = None,
+    unaware: Unaware = None,
     prior: Prior = None,
     bn_knowledge: BnKnowledge = None,
     server: Server = None,
@@ -197,6 +210,7 @@ def audit(
     memory: Memory = None,
     ray: Ray = None,
     out: Out = None,
+    cost: Cost = None,
     fail_on: FailOn = None,
     recorded: Recorded = None,
     truth: Truth = None,
@@ -489,12 +503,18 @@ def report(
     directory: Annotated[
         str, typer.Argument(metavar="DIR", help="--out of an audit or a reproduction")
     ],
+    cost: Cost = None,
 ) -> None:
     """Render report.html again from the stored files."""
+    from gradleak.report import costs
     from gradleak.report.html import render
     from gradleak.reproductions import page
 
     reproduced = (Path(directory) / page.RESULT_FILE).exists()
+    if cost and reproduced:
+        raise InvalidInput("--cost: expected the --out of an audit, which has findings")
+    if cost:
+        costs.keep(Path(directory), cost)
     typer.echo((page.render if reproduced else render)(Path(directory)))
 
 

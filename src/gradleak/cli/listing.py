@@ -149,6 +149,8 @@ def print_listing(kind: str, identifier: str | None, *, as_json: bool) -> None:
         InvalidInput: nothing of this kind has that name.
     """
     rows = {row["id"]: row for row in KINDS[kind]()}
+    if kind == "defenses" and identifier is not None and identifier.partition(":")[0] == "dp-sgd":
+        rows |= {identifier: rows["dp-sgd"] | _accounted(identifier)}
     if identifier is not None and identifier not in rows:
         raise InvalidInput(f"unknown in {kind}: {identifier!r}; {nearest(identifier, rows)}")
     if as_json:
@@ -158,6 +160,24 @@ def print_listing(kind: str, identifier: str | None, *, as_json: bool) -> None:
         console().print(_table(kind, list(rows.values())))
     else:
         console().print(_whole(rows[identifier]))
+
+
+def _accounted(spec: str) -> dict[str, Any]:
+    """What `dp-sgd` with these fields spends: in one update, and over its rounds."""
+    from gradleak import registry
+    from gradleak.defenses import DPSGD
+    from gradleak.metrics import epsilon
+    from gradleak.report import wording
+    from gradleak.run.ceilings import accounted
+
+    rule = registry.build("defense", spec, {DPSGD.id: DPSGD})
+    once = epsilon(rule.delta, noise_multiplier=rule.noise_multiplier)
+    over = wording.accounted(accounted(rule)["epsilon"])
+    return {
+        "fields": {field: getattr(rule, field) for field in _fields(DPSGD)},
+        "one update": f"ε = {wording.significant(once)} at δ = {rule.delta:g}",
+        "all rounds": f"{over} at δ = {rule.delta:g}",
+    }
 
 
 def _table(kind: str, rows: list[dict[str, Any]]) -> Table:

@@ -10,6 +10,7 @@ from gradleak.defenses.ats import ATS
 from gradleak.defenses.censor import Censor
 from gradleak.defenses.clip import Clip
 from gradleak.defenses.dgc import DGC
+from gradleak.defenses.dp_sgd import DPSGD
 from gradleak.defenses.gradient_slices import GradientSlices
 from gradleak.defenses.noise import GaussianNoise, LaplaceNoise
 from gradleak.defenses.none import NoDefense
@@ -53,6 +54,7 @@ DEFENSES: dict[str, type[Any]] = {
         Round,
         Sign,
         Clip,
+        DPSGD,
         Soteria,
         ATS,
         Precode,
@@ -83,6 +85,7 @@ __all__ = [
     "ATS",
     "DEFENSES",
     "DGC",
+    "DPSGD",
     "Censor",
     "Clip",
     "Defense",

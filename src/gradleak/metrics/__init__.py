@@ -24,7 +24,7 @@ from gradleak.metrics.guessing import best_guess
 from gradleak.metrics.identify import SAME, identified
 from gradleak.metrics.image import METRICS, PSNR_CEILING_DB, Metric, mse, psnr_db, ssim
 from gradleak.metrics.labels import label_accuracy
-from gradleak.metrics.privacy import dp_ceiling, epsilon_curve, gaussian_ceiling
+from gradleak.metrics.privacy import dp_ceiling, epsilon, epsilon_curve, gaussian_ceiling
 from gradleak.metrics.score import score
 from gradleak.metrics.statistics import (
     Interval,
@@ -57,6 +57,7 @@ __all__ = [
     "dfil",
     "dfil_probed",
     "dp_ceiling",
+    "epsilon",
     "epsilon_curve",
     "excess_risk",
     "excess_risk_interval",

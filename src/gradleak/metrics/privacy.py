@@ -26,8 +26,8 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import ndtr, ndtri
+from scipy.optimize import brentq, minimize_scalar
+from scipy.special import log_ndtr, ndtr, ndtri
 
 from gradleak.errors import InvalidInput
 
@@ -75,6 +75,54 @@ def dp_ceiling(prior: float, curve: PrivacyCurve) -> float:
     return min(1.0, float(found.fun))
 
 
+def epsilon(
+    delta: float,
+    *,
+    noise_multiplier: float,
+    sample_rate: float = 1.0,
+    steps: int = 1,
+    accountant: Literal["prv", "rdp"] = "prv",
+) -> float:
+    """ε of (ε, δ)-differential privacy for clipped sums under Gaussian noise.
+
+    Args:
+        delta: δ, in (0, 1).
+        noise_multiplier: m, standard deviation of the noise on the sum over the clipping norm.
+        sample_rate: q; below 1 for Poisson sampling that the attacker does not see.
+        steps: T.
+        accountant: as for `epsilon_curve`; for q = 1 "prv" is the closed form, and needs no
+            Opacus.
+
+    Raises:
+        InvalidInput: as for `epsilon_curve`.
+
+    Source: Balle and Wang 2018, theorem 8 (closed form), with m / √T for T steps.
+    """
+    _check(delta, noise_multiplier, sample_rate, steps, name="delta")
+    if sample_rate == 1 and accountant == "prv":
+        return _gaussian_epsilon(delta, math.sqrt(steps) / noise_multiplier)
+    curve = epsilon_curve(
+        noise_multiplier=noise_multiplier,
+        sample_rate=sample_rate,
+        steps=steps,
+        accountant=accountant,
+    )
+    return curve(delta)
+
+
+def _gaussian_epsilon(delta: float, shift: float) -> float:
+    """The root of δ = Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ)."""
+
+    def excess(eps: float) -> float:
+        lost = math.exp(eps + float(log_ndtr(-shift / 2 - eps / shift)))
+        return float(ndtr(shift / 2 - eps / shift)) - lost - delta
+
+    if excess(0.0) <= 0:
+        return 0.0
+    high = shift * (shift / 2 - float(ndtri(delta)))  # the first term alone is δ there
+    return float(brentq(excess, 0.0, high, xtol=1e-12))
+
+
 def epsilon_curve(
     *,
     noise_multiplier: float,
@@ -88,7 +136,7 @@ def epsilon_curve(
 
     Args:
         noise_multiplier: m, standard deviation of the noise on the sum over the clipping norm.
-        sample_rate: q, in (0, 1); for q = 1 `gaussian_ceiling` is exact.
+        sample_rate: q; for q = 1 and "prv" use `gaussian_ceiling` and `epsilon`, which are exact.
         steps: T.
         accountant: "prv" (numerical, tight to 0.01 in ε) or "rdp" (analytic, looser). Opacus's
             third, by central limit, is an approximation and proves nothing.
@@ -99,7 +147,7 @@ def epsilon_curve(
     Source: Gopi, Lee and Wutschitz 2021 (PRV); Mironov, Talwar and Zhang 2019 (RDP).
     """
     _check(0.5, noise_multiplier, sample_rate, steps)
-    if sample_rate == 1:
+    if sample_rate == 1 and accountant == "prv":
         raise InvalidInput("sample_rate=1: expected less; gaussian_ceiling is exact there")
     if importlib.util.find_spec("opacus") is None:
         raise InvalidInput("DP-SGD accounting needs Opacus: pip install 'gradleak[dp]'")
@@ -135,10 +183,15 @@ def epsilon_curve(
 
 
 def _check(
-    prior: float, noise_multiplier: float = 1.0, sample_rate: float = 1.0, steps: int = 1
+    share: float,
+    noise_multiplier: float = 1.0,
+    sample_rate: float = 1.0,
+    steps: int = 1,
+    *,
+    name: str = "prior",
 ) -> None:
-    if not 0 < prior < 1:
-        raise InvalidInput(f"prior={prior}: expected a probability in (0, 1)")
+    if not 0 < share < 1:
+        raise InvalidInput(f"{name}={share}: expected a probability in (0, 1)")
     if not 0 < noise_multiplier < math.inf:
         raise InvalidInput(f"noise_multiplier={noise_multiplier}: expected a positive number")
     if not 0 < sample_rate <= 1:

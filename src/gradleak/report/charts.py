@@ -252,6 +252,66 @@ def trend(points: Sequence[Point], *, name: str) -> Markup:
     return _svg(_WIDTH, _HEIGHT, body, name=name, css="plot")
 
 
+@dataclass(frozen=True, slots=True)
+class Bubble:
+    """A protection: accuracy lost (points), leakage (dB), size, and whether it is on the front."""
+
+    label: str
+    lost: float
+    leakage: float
+    size: float
+    css: str
+    best: bool
+
+
+def pareto(bubbles: Sequence[Bubble], *, name: str) -> Markup:
+    """Draw leakage (dB) against accuracy lost; areas grow with `size`, a line joins the front."""
+    if not bubbles:
+        return Markup()
+    width, height, left, right, top, bottom = 640, 360, 52.0, 612.0, 16.0, 312.0
+    low, high = min(b.lost for b in bubbles), max(b.lost for b in bubbles)
+    step = next(s for s in (0.5, 1, 2, 5, 10, 20) if s >= (max(high, 0) - min(low, 0)) / 8)
+    first, last = math.floor(min(low, 0) / step) - 1, math.ceil(max(high, 0) / step) + 1
+
+    def x(lost: float) -> float:
+        return left + (right - left) * (lost / step - first) / (last - first)
+
+    def y(psnr_db: float) -> float:
+        return bottom - (bottom - top) * min(max(psnr_db, 0.0), PSNR_TOP) / PSNR_TOP
+
+    body = ""
+    for tick in range(0, int(PSNR_TOP) + 1, 10):
+        body += f'<path class="grid" d="M{left} {y(tick):.1f}H{right}"/>'
+        body += f'<text x="{left - 8:.0f}" y="{y(tick) + 4:.0f}" text-anchor="end">{tick}</text>'
+    for number in range(first, last + 1):
+        at, words = x(number * step), f"{number * step:g}".replace("-", "−")
+        body += f'<path class="grid" d="M{at:.1f} {top}V{bottom}"/>'
+        body += f'<text x="{at:.0f}" y="{bottom + 16:.0f}" text-anchor="middle">{words}</text>'
+    body += (
+        f'<text x="{(left + right) / 2:.0f}" y="{bottom + 36:.0f}" text-anchor="middle">'
+        "accuracy lost (percentage points)</text>"
+        f'<text transform="translate(14 {(top + bottom) / 2:.0f}) rotate(-90)" '
+        'text-anchor="middle">mean PSNR of the best attack (dB)</text>'
+    )
+    best = sorted((b.lost, -b.leakage) for b in bubbles if b.best)
+    if best:
+        path = f"M{x(best[0][0]):.1f} {y(-best[0][1]):.1f}"
+        path += "".join(f"H{x(lost):.1f}V{y(-up):.1f}" for lost, up in best[1:])
+        body += f'<path class="line front" d="{path}"/>'
+    taken: list[tuple[float, float]] = []
+    for b in sorted(bubbles, key=lambda b: -b.size):
+        radius = 7 * math.sqrt(min(b.size, 12.0)) if b.size > 0 else 7.0
+        at, level = x(b.lost), y(b.leakage)
+        css = f"bubble {b.css}{' best' if b.best else ''}"
+        body += f'<circle class="{css}" cx="{at:.1f}" cy="{level:.1f}" r="{radius:.1f}"/>'
+        beside, beneath = at + radius + 4, level + 4
+        while any(abs(beside - u) < 18 and abs(beneath - v) < 12 for u, v in taken):
+            beneath += 12
+        taken.append((beside, beneath))
+        body += f'<text class="tag" x="{beside:.1f}" y="{beneath:.1f}">{escape(b.label)}</text>'
+    return _svg(width, height, body, name=name, css="plot wide")
+
+
 Interval = tuple[float, float, float]
 """Value, low and high."""
 

@@ -52,6 +52,7 @@ from gradleak.metrics import (
     sign_test,
 )
 from gradleak.report.limits import limits, ranking, violations
+from gradleak.report.twins import deciding
 
 RECOVERED_PSNR_DB = 20.0
 RECOVERED_MARGIN_DB = 3.0
@@ -61,6 +62,7 @@ ALPHA = 0.025
 CONFIDENCE = 0.95
 
 Finding = dict[str, Any]
+Json = Mapping[str, Any]
 Scores = Mapping[str, Sequence[float]]
 
 _RATES = {"identified": "", "label_accuracy": ""}
@@ -192,10 +194,11 @@ def headline(found: Sequence[Finding]) -> str:
 def verdict_by_defense(found: Sequence[Finding]) -> dict[str, str]:
     """Verdict of each protection (keyed by its spec) over everything that was tried on it.
 
-    "leaks" if any finding leaks, "protected" if every finding that applies is protected.
+    "leaks" if any finding leaks, "protected" if every finding that applies is protected; unaware
+    attacks beside their adaptive twins count for a leak alone.
     """
     verdicts = {}
-    for spec, group in _by_defense(found).items():
+    for spec, group in _by_defense(deciding(found)).items():
         words = {f["verdict"] for f in group if f["state"] != "not_applicable"}
         verdicts[spec] = (
             "leaks" if "leaks" in words else words.pop() if len(words) == 1 else "inconclusive"
@@ -203,20 +206,20 @@ def verdict_by_defense(found: Sequence[Finding]) -> dict[str, str]:
     return verdicts
 
 
-def as_given(finding: Finding) -> str:
+def as_given(finding: Json) -> str:
     """The protection as the request spelled it, without the parameters it left at default."""
     parts = str(finding["id"]).rsplit("/", 2)
     return parts[1] if len(parts) == 3 else str(finding["defense_spec"])
 
 
-def _by_defense(found: Iterable[Finding]) -> dict[str, list[Finding]]:
-    grouped: dict[str, list[Finding]] = {}
+def _by_defense(found: Iterable[Json]) -> dict[str, list[Json]]:
+    grouped: dict[str, list[Json]] = {}
     for finding in found:
         grouped.setdefault(finding["defense_spec"], []).append(finding)
     return grouped
 
 
-def _leakage(finding: Finding) -> tuple[bool, float, float]:
+def _leakage(finding: Json) -> tuple[bool, float, float]:
     trials = finding["trials"]
     share = trials["recovered_images"] / max(trials["images"], 1)
     return finding["verdict"] == "leaks", share, finding["measurements"]["psnr_db"]["value"]

@@ -22,6 +22,7 @@ Clusters = Sequence[Sequence[float]]
 ALPHA = 0.001
 """One-sided probability that an honest pair is called broken, where its limit is just reached."""
 
+_BASIS = ("kappa", "noise_multiplier", "epsilon", "delta", "accounted", "risk")
 _CONFIDENCE = 1 - 2 * ALPHA
 _SCORES = {"posterior_trace": 1, "dfil": -1, "influence": 1}
 """What is foretold of a target, and whether it rises (1) or falls (−1) with the error."""
@@ -53,7 +54,7 @@ def limits(
         found.append(
             _limit("identified", "at most", share, identified, seen, broken, why=why)
             | {"proved": share is not None}
-            | {k: proved[k] for k in ("kappa", "noise_multiplier", "risk") if k in proved}
+            | {k: proved[k] for k in _BASIS if proved.get(k) is not None}
         )
     if floor is not None and mse:
         least = floor.get("mse")

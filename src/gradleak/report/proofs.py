@@ -83,7 +83,7 @@ def _line(pair: Pair, limit: Json) -> Line:
     if limit["proved"]:
         basis = (
             f"noise {wording.significant(limit.get('noise_multiplier'))} × sensitivity; "
-            f"a guess has {wording.percent(limit.get('kappa'))}"
+            f"a guess has {wording.percent(limit.get('kappa'))}{_epsilon(limit)}"
         )
     if limit["limit"] is None:
         named = "Nothing proved" if limit["metric"] == "identified" else "Not computed"
@@ -102,6 +102,20 @@ def _line(pair: Pair, limit: Json) -> Line:
         css=css,
         word=word,
     )
+
+
+def _epsilon(limit: Json) -> str:
+    """The ε of one update, and what `dp-sgd` is accounted for; nothing in older results."""
+    if limit.get("epsilon") is None:
+        return ""
+    at = f"at δ = {wording.significant(limit['delta'])}"
+    words = f"; one update has ε = {wording.significant(limit['epsilon'])} {at}"
+    known = limit.get("accounted") or {}
+    if known.get("rounds", 1) > 1 or known.get("sample_rate", 1) < 1:
+        rate = wording.percent(known["sample_rate"])
+        words += f", {known['rounds']} rounds at a sampling rate of {rate} have "
+        words += wording.accounted(known["epsilon"])
+    return words
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,9 @@ _LIMIT: dict[str, Any] = {
         "why": _TEXTS,
         "kappa": _NUMBER,
         "noise_multiplier": _NUMBER,
+        "epsilon": _NUMBER,
+        "delta": _NUMBER,
+        "accounted": {"type": "object"},
         "risk": {"type": "array", "items": _NUMBER},
     },
 }

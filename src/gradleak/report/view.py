@@ -11,9 +11,10 @@ from typing import TypeVar
 
 from markupsafe import Markup
 
-from gradleak.report import charts, pictures, proofs, wording
+from gradleak.report import charts, costs, pictures, proofs, twins, wording
 from gradleak.report.findings import RECOVERED_PSNR_DB, verdict_by_defense
 from gradleak.report.pictures import Picture
+from gradleak.report.tradeoff import Tradeoff
 from gradleak.report.wording import Json
 
 _T = TypeVar("_T")
@@ -185,29 +186,31 @@ class Finding:
         stored = self._stored()
         if stored.problem:
             return [], stored.problem
-        shown = []
-        for role, index in pictures.chosen(psnr, key=self.id):
-            target = self.targets[index]
-            client = target.get("client", index)
-            scores = (
-                ("original", "Original", wording.decibels(_mean(_beside(target, "original")))),
-                ("truth", "Truth", ""),
-                ("claim", "Attack", wording.decibels(psnr[index])),
-                ("control", "Control", wording.decibels(_mean(_beside(target, "control")))),
-                ("baseline", "Guess", wording.decibels(_mean(_guess(target)))),
-            )
-            columns = []
-            for key, title, score in scores:
-                if key not in stored.images:
-                    continue
-                picture = pictures.mosaic(stored.images[key][index])
-                alt = self._alt(key, client, score)
-                columns.append((title, score.removesuffix(" dB"), picture, alt))
-            caption = f"client {client}" + (
-                f", {target['status'].replace('_', ' ')}" if target["status"] in _BROKEN else ""
-            )
-            shown.append(Shown(role, caption, tuple(columns)))
-        return shown, ""
+        chosen = pictures.chosen(psnr, key=self.id)
+        return [self.shown(role, index, stored) for role, index in chosen], ""
+
+    def shown(self, role: str, index: int, stored: pictures.Stored | None = None) -> Shown:
+        """One target in pictures; without columns where none are stored."""
+        target, stored = self.targets[index], stored or self._stored()
+        client = target.get("client", index)
+        scores = (
+            ("original", "Original", wording.decibels(_mean(_beside(target, "original")))),
+            ("truth", "Truth", ""),
+            ("claim", "Attack", wording.decibels(self.target_psnr()[index])),
+            ("control", "Control", wording.decibels(_mean(_beside(target, "control")))),
+            ("baseline", "Guess", wording.decibels(_mean(_guess(target)))),
+        )
+        columns = []
+        for key, title, score in scores:
+            if key not in stored.images:
+                continue
+            picture = pictures.mosaic(stored.images[key][index])
+            alt = self._alt(key, client, score)
+            columns.append((title, score.removesuffix(" dB"), picture, alt))
+        caption = f"client {client}" + (
+            f", {target['status'].replace('_', ' ')}" if target["status"] in _BROKEN else ""
+        )
+        return Shown(role, caption, tuple(columns))
 
     def _alt(self, role: str, client: object, score: str) -> str:
         image = "Image" if self.batch == 1 else f"{self.batch} images"
@@ -343,6 +346,11 @@ class Report:
             _protection(group, verdicts[group[0].spec])
             for group in _grouped(self.findings, lambda f: f.spec)
         ]
+        self.tradeoff = Tradeoff(
+            self.measured,
+            {p.spec: (p.verdict, p.word) for p in self.protections},
+            costs.kept(directory),
+        )
         self.strongest = [p.strongest for p in self.protections if p.strongest]
         self.undefended = next((f for f in self.strongest if f.raw["defense"] == "none"), None)
         self.settings_named = list(dict.fromkeys(f.setting for f in self.findings))
@@ -403,7 +411,7 @@ class Report:
     def facts(self) -> list[str]:
         """Size of the audit in a few short phrases."""
         run = max((f.trials.get("run", 0) for f in self.measured), default=0)
-        attacks = len({f.attack for f in self.findings})
+        attacks = len({f.raw["attack"] for f in self.findings})
         protections = sum(p.spec != "none" for p in self.protections)
         facts = [wording.plural(attacks, "attack"), wording.plural(protections, "protection")]
         if run:
@@ -583,7 +591,8 @@ class Report:
     def not_tested(self) -> list[tuple[str, str]]:
         """What the numbers do not cover, as (what, why)."""
         gaps = [(str(text), "") for text in self.result.get("not_tested", ())]
-        unaware = sorted({f.spec for f in self.measured if f.raw.get("adaptive") is False})
+        alone = twins.unaware_only([f.raw for f in self.measured])
+        unaware = sorted({str(raw.get("defense_spec") or raw["defense"]) for raw in alone})
         if unaware:
             gaps.append(
                 (
@@ -662,7 +671,8 @@ class Report:
 
 
 def _protection(group: Sequence[Finding], verdict: str) -> Protection:
-    measured = [f for f in group if f.measured]
+    counted = {id(raw) for raw in twins.deciding([f.raw for f in group])}
+    measured = [f for f in group if f.measured and id(f.raw) in counted]
     named = (group[0].spec, group[0].name, group[0].fields)
     if not measured:
         reasons = dict.fromkeys(f.raw.get("reason") or f.word.lower() for f in group)
@@ -674,7 +684,7 @@ def _protection(group: Sequence[Finding], verdict: str) -> Protection:
     failed = sum(f.state == "error" for f in group)
     if failed and verdict != "leaks":
         text += f" {wording.plural(failed, 'attack')} failed to run, so this protection stays open."
-    attacks = wording.plural(len({f.attack for f in measured}), "attack")
+    attacks = wording.plural(len({f.raw["attack"] for f in measured}), "attack")
     settings = wording.plural(len({f.setting for f in measured}), "setting")
     return Protection(
         *named,

@@ -155,6 +155,12 @@ def figures(psnr: Json) -> str:
     )
 
 
+def accounted(epsilon: Mapping[str, float | None]) -> str:
+    """Write what the accountants say of ε."""
+    known = [f"{significant(v)} ({k})" for k, v in epsilon.items() if v is not None]
+    return f"ε = {listing(known)}" if known else "an ε that needs Opacus: gradleak[dp]"
+
+
 def verdict_title(counts: Mapping[str, int]) -> str:
     """Summarise the verdicts of the protections, "none" left out, as a heading."""
     total = sum(counts.values())

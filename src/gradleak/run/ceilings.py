@@ -6,17 +6,20 @@ C / b (every example clipped: compared with the sum of the others, whom the atta
 private example is any of the bank's, equally likely: the audit drew it, so it is not to be learned
 from anything public, weights that have seen it included. One update of a client that is known to
 take part composes to nothing and is amplified by nothing, so the closed form is exact and no
-accountant is asked.
+accountant is asked. What `dp-sgd` spends over the rounds that it is said to run, `accounted` says.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from gradleak.defenses import Clip, GaussianNoise, Wrapped, undefended
+from gradleak.defenses import DPSGD, Clip, GaussianNoise, Wrapped, undefended
+from gradleak.errors import InvalidInput
 from gradleak.mechanisms import Vertical
-from gradleak.metrics import SAME, best_guess, gaussian_ceiling
+from gradleak.metrics import SAME, best_guess, epsilon, gaussian_ceiling
 from gradleak.threat import ThreatModel
 from gradleak.types import Batch, DataSpec, Fact, Mechanism
 
@@ -29,6 +32,9 @@ _FUNCTIONS_OF_THE_UPDATE = (
 )  # fmt: skip
 """Protections that look at nothing else: what noise has covered stays covered."""
 
+DELTA = 1e-5
+"""δ at which the ε of one update is told, where the protection names none."""
+
 SEVERAL = "the rounds of vertical training are several updates of one private set"
 """Why nothing that holds for one update of a batch is said."""
 
@@ -39,10 +45,12 @@ class Private(NamedTuple):
     Attributes:
         multiplier: standard deviation of the noise over the sensitivity.
         by_example: whether examples were clipped, and not their update.
+        rule: the protection, where it is accounted for over several rounds.
     """
 
     multiplier: float
     by_example: bool
+    rule: DPSGD | None = None
 
 
 def ceiling(
@@ -65,8 +73,9 @@ def ceiling(
         guesses: claims per update.
 
     Returns:
-        "identified", a share, its "kappa" and "noise_multiplier", and "risk": shares that exceed
-        the PSNR values of `PSNR_DB`; or "why_not" in words.
+        "identified", a share, its "kappa" and "noise_multiplier", the "epsilon" of one update at
+        "delta", and "risk": shares that exceed the PSNR values of `PSNR_DB`; or "why_not" in
+        words. For `dp-sgd` also what is "accounted".
     """
     found = private(mechanism, batch_size=batch_size)
     if Fact.BN_STATISTICS in threat.knows:
@@ -85,11 +94,44 @@ def ceiling(
     proved = [
         gaussian_ceiling(k, noise_multiplier=found.multiplier) if k < 1 else 1.0 for k in kappas
     ]
+    delta = found.rule.delta if found.rule else DELTA
     return {
         "noise_multiplier": found.multiplier,
+        "epsilon": epsilon(delta, noise_multiplier=found.multiplier),
+        "delta": delta,
+        "accounted": accounted(found.rule) if found.rule else None,
         "kappa": kappas[0],
         "identified": proved[0],
         "risk": proved[1:],
+    }
+
+
+@lru_cache(maxsize=32)
+def accounted(rule: DPSGD) -> Mapping[str, Any]:
+    """What `dp-sgd` spends over all its rounds.
+
+    Returns:
+        "rounds", "sample_rate", "delta", and "epsilon" by accountant ("PRV", in closed form
+        "exact", and "RDP"; None where there is no Opacus to ask).
+    """
+    spent: dict[str, float | None] = {}
+    names = {"prv": "exact" if rule.sample_rate == 1 else "PRV", "rdp": "RDP"}
+    for accountant, name in names.items():
+        try:
+            spent[name] = epsilon(
+                rule.delta,
+                noise_multiplier=rule.noise_multiplier,
+                sample_rate=rule.sample_rate,
+                steps=rule.rounds,
+                accountant=accountant,  # type: ignore[arg-type]
+            )
+        except InvalidInput:
+            spent[name] = None
+    return {
+        "rounds": rule.rounds,
+        "sample_rate": rule.sample_rate,
+        "delta": rule.delta,
+        "epsilon": spent,
     }
 
 
@@ -101,6 +143,8 @@ def private(mechanism: Mechanism, *, batch_size: int) -> Private | str:
     layer = mechanism
     while isinstance(layer, Wrapped):
         rule, inner = layer.rule, layer.inner
+        if isinstance(rule, DPSGD):
+            return Private(rule.noise_multiplier, rule.scope == "example", rule)
         if isinstance(rule, GaussianNoise) and isinstance(inner, Wrapped):
             clip = inner.rule
             if isinstance(clip, Clip):

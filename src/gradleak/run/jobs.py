@@ -34,6 +34,9 @@ LARGEST_GROUP = 8
 BANK = 100
 """Candidates among which a target must be identified, where the data have as many."""
 
+UNAWARE = " (unaware)"
+"""Ends the id of a finding whose attack has an adaptive twin."""
+
 DEFAULT_LOCAL_STEPS = 3
 DEFAULT_LOCAL_LEARNING_RATE = 0.01
 
@@ -310,12 +313,15 @@ def plan(
                 f"{dataset.name} has {pool}; ask for fewer --targets or a smaller --batch-size"
             )
         for defense, (defense_id, full_defense) in defenses.items():
-            for position, (attack, full_attack) in enumerate(attacks.items()):
+            beliefs = (True, False) if settings.unaware and defense_id != "none" else (True,)
+            for position, (attack, aware) in enumerate(itertools.product(attacks, beliefs)):
                 scores = auditors if position == 0 else None
+                full_attack = attacks[attack]
+                knows = set(settings.knows) - (set() if aware else {Fact.MECHANISM})
                 mechanism = f"{settings.mechanism}-b{batch_size}"
                 finding = "/".join(
                     (dataset.name, settings.model, stage, mechanism, defense, attack)
-                )
+                ) + ("" if aware else UNAWARE)
                 for number, members in enumerate(groups(targets)):
                     owners = tuple(t % clients for t in members)
                     jobs.append(
@@ -344,7 +350,7 @@ def plan(
                             attack_spec=full_attack,
                             defense=defense_id,
                             defense_spec=full_defense,
-                            knows=tuple(sorted(set(settings.knows))),
+                            knows=tuple(sorted(knows)),
                             prior=belief.spec if belief else None,
                             prior_file=belief.path if belief else None,
                             prior_digest=belief.digest if belief else None,

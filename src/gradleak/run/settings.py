@@ -54,6 +54,7 @@ class AuditSettings:
         defense: protections, `ID:field=value,...`; `none` is always added by an audit.
         knows: facts granted to the attacker, all of them; from outside, names add to the default
             and "no-NAME" takes away.
+        unaware: attack every protection once more as if there were none.
         prior: what public data say of private inputs, `ID:field=value,...`; used where `knows`
             grants it.
         bn_knowledge: what the attacker knows of batch-normalisation layers.
@@ -71,6 +72,7 @@ class AuditSettings:
         memory: GB (10⁹ bytes) that all workers together may use; None takes what is free.
         ray: Ray cluster whose workers run the trials: HOST:PORT, auto, or local to start one.
         out: directory of the report; the same directory resumes.
+        cost: directories of `gradleak train`, for what protections cost.
         fail_on: conditions `[DEFENSE:]METRIC OP NUMBER` that give exit status 1.
         quiet: no progress on stderr.
     """
@@ -94,6 +96,7 @@ class AuditSettings:
         "clip:norm=1",
     )
     knows: tuple[str, ...] = KNOWN_BY_DEFAULT
+    unaware: bool = False
     prior: str = "gaussian"
     bn_knowledge: BatchNormKnowledge = "inferred"
     server: Literal["honest", "malicious"] = "honest"
@@ -108,6 +111,7 @@ class AuditSettings:
     memory: float | None = None
     ray: str | None = None
     out: str = "gradleak-report"
+    cost: tuple[str, ...] = ()
     fail_on: tuple[str, ...] = ()
     quiet: bool = False
 
@@ -158,6 +162,10 @@ class AuditSettings:
         for fact in self.knows:
             if fact not in set(Fact):
                 raise InvalidInput(f"--knows {fact!r}: {nearest(fact, map(str, Fact))}")
+        if self.unaware and Fact.MECHANISM not in self.knows:
+            raise InvalidInput(
+                "--unaware contradicts --knows no-mechanism: no attack knows the protection"
+            )
         if self.bn_knowledge in ("running", "none") and Fact.BN_STATISTICS in self.knows:
             raise InvalidInput(
                 f"--bn-knowledge {self.bn_knowledge} contradicts --knows bn_statistics: "
