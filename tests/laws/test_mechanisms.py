@@ -13,17 +13,22 @@ from torch import Tensor
 from gradleak.defenses import (
     ATS,
     DEFENSES,
+    Defense,
     GaussianNoise,
+    LabelSmoothing,
     LaplaceNoise,
+    MixUp,
     Precode,
     RandomMask,
     Soteria,
     TopK,
     Wrapped,
     build,
+    mixes_labels,
     rebased,
     undefended,
 )
+from gradleak.defenses.encoded import Encoded
 from gradleak.errors import IntractableLikelihood, NotApplicable
 from gradleak.mechanisms import MECHANISMS, FedAvg, FedSGD, Vertical
 from gradleak.types import Batch, Mechanism, ModelState, Update
@@ -101,9 +106,13 @@ def test_what_the_client_trained_on_can_be_replayed(defense: str, transforms: bo
         mechanism.sample(state, batch, generator=stream(seed))
         replayed = mechanism.trained_on(state, batch, generator=stream(seed))
         assert torch.equal(replayed.inputs, client.noted[-1].inputs)
-        assert torch.equal(replayed.labels, batch.labels)
-        changed = transforms or defense == ATS.id
-        assert torch.equal(replayed.inputs, batch.inputs) != changed
+        assert torch.equal(replayed.labels, client.noted[-1].labels)
+        encodes = isinstance(mechanism, Encoded)
+        assert torch.equal(replayed.inputs, batch.inputs) != (transforms or encodes)
+        softens = mixes_labels(mechanism) or defense == LabelSmoothing.id
+        assert (replayed.labels.ndim == 2) == softens
+        if softens:
+            torch.testing.assert_close(replayed.labels.sum(1), torch.ones(3, dtype=torch.float64))
 
 
 def assert_mean(
@@ -287,11 +296,18 @@ def test_noise_has_the_standard_deviation_it_names(noise: GaussianNoise | Laplac
 
 
 @pytest.mark.parametrize(
-    "identity", [GaussianNoise(0.0), LaplaceNoise(0.0), TopK(1.0), RandomMask(0.0), Soteria(0.0)]
+    "identity",
+    [
+        GaussianNoise(0.0),
+        LaplaceNoise(0.0),
+        TopK(1.0),
+        RandomMask(0.0),
+        Soteria(0.0),
+        MixUp(images=1),
+        LabelSmoothing(0.0),
+    ],
 )
-def test_identity_parameters_change_nothing(
-    identity: GaussianNoise | TopK | RandomMask | Soteria,
-) -> None:
+def test_identity_parameters_change_nothing(identity: Defense) -> None:
     core = FedSGD()
     assert identity(core) is core
 

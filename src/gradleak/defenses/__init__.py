@@ -8,6 +8,10 @@ from typing import Any
 
 from gradleak.defenses.ats import ATS
 from gradleak.defenses.clip import Clip
+from gradleak.defenses.encoded import mixes_labels
+from gradleak.defenses.instahide import InstaHide
+from gradleak.defenses.label_smoothing import LabelSmoothing
+from gradleak.defenses.mixup import MixUp
 from gradleak.defenses.noise import GaussianNoise, LaplaceNoise
 from gradleak.defenses.none import NoDefense
 from gradleak.defenses.partial_sharing import PartialSharing
@@ -51,6 +55,9 @@ DEFENSES: dict[str, type[Any]] = {
         Soteria,
         ATS,
         Precode,
+        MixUp,
+        InstaHide,
+        LabelSmoothing,
     )
 }
 
@@ -76,8 +83,11 @@ __all__ = [
     "Clip",
     "Defense",
     "GaussianNoise",
+    "InstaHide",
+    "LabelSmoothing",
     "LaplaceNoise",
     "Memory",
+    "MixUp",
     "NoDefense",
     "PartialSharing",
     "Precode",
@@ -95,6 +105,7 @@ __all__ = [
     "compensated",
     "difference",
     "informed",
+    "mixes_labels",
     "norm",
     "rebased",
     "undefended",

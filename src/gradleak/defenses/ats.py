@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from gradleak.defenses.wrapped import Wrapped
+from gradleak.defenses.encoded import Encoded
 from gradleak.errors import IntractableLikelihood, InvalidInput, NotApplicable
 from gradleak.types import Batch, Mechanism, ModelState, Update
 
@@ -74,6 +74,7 @@ class ATS:
 
     id: ClassVar[str] = "ats"
     title: ClassVar[str] = "Automatic transformation search"
+    mixes_labels: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         policies = [one.split("-") for one in re.split("[+/]", self.policy)]
@@ -107,6 +108,10 @@ class ATS:
         """The transformation of one image."""
         outcomes = self.outcomes
         return outcomes[int(torch.randint(len(outcomes), (), generator=generator))]
+
+    def encode(self, state: ModelState, batch: Batch, generator: torch.Generator) -> Batch:
+        """The transformed images that the client trains on."""
+        return transformed(batch, [self.draw(generator) for _ in range(len(batch))])
 
 
 def applied(outcome: Outcome, inputs: Tensor) -> Tensor:
@@ -162,12 +167,8 @@ _OPERATORS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class _Transformed(Wrapped):
+class _Transformed(Encoded):
     rule: ATS
-
-    @property
-    def deterministic(self) -> bool:
-        return False
 
     def mean(self, state: ModelState, batch: Batch) -> Update:
         """Over every combination of draws, where these are few."""
@@ -178,16 +179,6 @@ class _Transformed(Wrapped):
         updates = [self.inner.mean(state, transformed(batch, each)).values for each in draws]
         means = {k: torch.stack([u[k] for u in updates]).mean(0) for k in updates[0]}
         return Update(means, self.kind)
-
-    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
-        return self.inner.sample(state, self._transformed(batch, generator), generator=generator)
-
-    def trained_on(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Batch:
-        transformed = self._transformed(batch, generator)
-        return self.inner.trained_on(state, transformed, generator=generator)
-
-    def _transformed(self, batch: Batch, generator: torch.Generator) -> Batch:
-        return transformed(batch, [self.rule.draw(generator) for _ in range(len(batch))])
 
 
 def transformed(batch: Batch, outcomes: Sequence[Outcome]) -> Batch:

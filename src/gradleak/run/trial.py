@@ -232,7 +232,7 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
     for i, (target, claim) in enumerate(zip(attacked, claims)):
         true = target.truth.trained_on
         truth, original = _on_cpu(true), _on_cpu(target.truth.batch)
-        transformed = true is not target.truth.batch
+        transformed = true.inputs is not target.truth.batch.inputs
         unrelated = _on_cpu(claims[_control(job, i)].batch)
         guesses = metrics.baselines(public, truth, labels_known=labels_known, spec=dataset.spec)
         objective = _auditors_view(attack, "objective", target.seen)
