@@ -18,7 +18,6 @@ from gradleak.defenses import (
     LabelSmoothing,
     LaplaceNoise,
     MixUp,
-    Precode,
     RandomMask,
     Soteria,
     TopK,
@@ -32,7 +31,7 @@ from gradleak.defenses.encoded import Encoded
 from gradleak.errors import IntractableLikelihood, NotApplicable
 from gradleak.mechanisms import MECHANISMS, FedAvg, FedSGD, Vertical
 from gradleak.types import Batch, Mechanism, ModelState, Update
-from tests.laws.small import Bottlenecked, OneWeight, TwoTwins, batch_of, state_of, stream
+from tests.laws.small import NEEDED, OneWeight, TwoTwins, batch_of, state_of, stream
 
 CORES: dict[str, Mechanism] = {name: kind() for name, kind in MECHANISMS.items()} | {
     "fedavg-3-steps": FedAvg(steps=3, learning_rate=0.1),
@@ -51,8 +50,8 @@ ALPHA = 1e-6
 def state(request: pytest.FixtureRequest) -> ModelState:
     names = request.fixturenames
     subject = request.getfixturevalue("mechanism") if "mechanism" in names else None
-    needs_bottleneck = isinstance(subject, Wrapped) and isinstance(subject.rule, Precode)
-    return state_of(Bottlenecked if needs_bottleneck else TwoTwins)
+    rule = subject.rule.id if isinstance(subject, Wrapped) else ""
+    return state_of(NEEDED.get(rule, TwoTwins))
 
 
 @pytest.fixture(params=SUBJECTS, scope="module")
@@ -100,7 +99,7 @@ def test_what_the_client_trained_on_can_be_replayed(defense: str, transforms: bo
     """Alone, and around a protection that transforms inputs by draws of its own."""
     client = Noting()
     mechanism = DEFENSES[defense]()(ATS("3-1-7/43-18-18")(client) if transforms else client)
-    state = state_of(Bottlenecked if defense == Precode.id else TwoTwins)
+    state = state_of(NEEDED.get(defense, TwoTwins))
     batch = batch_of(3)
     for seed in range(4):
         mechanism.sample(state, batch, generator=stream(seed))

@@ -8,6 +8,7 @@ from typing import Any
 
 from gradleak.defenses.ats import ATS
 from gradleak.defenses.clip import Clip
+from gradleak.defenses.cvb import ConvolutionalBottleneck
 from gradleak.defenses.encoded import mixes_labels
 from gradleak.defenses.instahide import InstaHide
 from gradleak.defenses.label_smoothing import LabelSmoothing
@@ -55,6 +56,7 @@ DEFENSES: dict[str, type[Any]] = {
         Soteria,
         ATS,
         Precode,
+        ConvolutionalBottleneck,
         MixUp,
         InstaHide,
         LabelSmoothing,
@@ -81,6 +83,7 @@ __all__ = [
     "ATS",
     "DEFENSES",
     "Clip",
+    "ConvolutionalBottleneck",
     "Defense",
     "GaussianNoise",
     "InstaHide",
