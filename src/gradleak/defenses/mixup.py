@@ -79,7 +79,7 @@ class MixUp:
         weights = torch._standard_gamma(concentration, generator=generator)
         weights = weights / weights.sum(1, keepdim=True)
         mine = Batch(batch.inputs, soft_labels(state, batch))
-        if public is not None:
+        if public is not None and k > own:
             public = Batch(public.inputs, soft_labels(state, public))
         inputs, labels = mixture(mine, weights, public, own=own, generator=generator)
         return Batch(inputs, (weights.to(labels)[..., None] * labels).sum(1))

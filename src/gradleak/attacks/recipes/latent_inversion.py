@@ -27,7 +27,7 @@ from gradleak.types import About, Batch, Fact, ModelState, Observation, Update
 
 @dataclass(frozen=True)
 class LatentInversion(Recipe):
-    """min over x in the box and ε of 1 − cos(g(x, ε), u) + α · TV(x) + β · mean ε², by Adam on signs.
+    """min over x in the box and ε of 1 − cos(g(x, ε), u) + α · TV(x) + β · mean ε², signed Adam.
 
     An honest server that knows of a variational bottleneck varies the noise that its client drew
     as it varies the image; β keeps the noise as long as normal draws are.
