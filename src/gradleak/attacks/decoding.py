@@ -24,10 +24,10 @@ from gradleak.errors import InvalidInput
 from gradleak.seeding import child, normal
 from gradleak.types import Batch, ModelState
 
-_BATCH, _LEARNING = 64, 400
+_BATCH, _LEARNING = 64, 300
 _FACTOR_STEPS, _FACTOR_STARTS = 300, 8
 _SHARES, _TURNS = 6, 5
-_RIDGE, _FLOOR = 1e-2, 1e-3
+_RIDGE, _FLOOR = 1e-2, 1e-2
 _VALUES = [k / 12 - 1 for k in range(25)]
 _HELD = 0.02
 """Share of a label from which an encoding is said to hold an image of that class."""

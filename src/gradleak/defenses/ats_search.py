@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -141,7 +142,7 @@ def search(
         _scored("-".join(map(str, numbers)), trained, untrained, public, images, runs, generator)
         for numbers in _drawn(candidates, length, generator)
     ]
-    least = sorted((s.accuracy for s in found), reverse=True)[round(accurate * len(found)) - 1]
+    least = sorted((s.accuracy for s in found), reverse=True)[math.ceil(accurate * len(found)) - 1]
     return sorted((s for s in found if s.accuracy >= least), key=lambda s: s.privacy)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 import torch
+from torch.nn.functional import one_hot
 
 from gradleak.defenses.encoded import Encoded, mixture, soft_labels
 from gradleak.defenses.sheet import Sheet
@@ -80,6 +81,6 @@ class MixUp:
         weights = weights / weights.sum(1, keepdim=True)
         mine = Batch(batch.inputs, soft_labels(state, batch))
         if public is not None and k > own:
-            public = Batch(public.inputs, soft_labels(state, public))
+            public = Batch(public.inputs, one_hot(public.classes, mine.labels.shape[1]))
         inputs, labels = mixture(mine, weights, public, own=own, generator=generator)
         return Batch(inputs, (weights.to(labels)[..., None] * labels).sum(1))

@@ -21,7 +21,7 @@ from gradleak.attacks.recipe import Recipe
 from gradleak.defenses.none import NoDefense
 from gradleak.defenses.precode import Latent
 from gradleak.defenses.wrapped import Wrapped
-from gradleak.errors import NotApplicable
+from gradleak.errors import IntractableLikelihood, NotApplicable
 from gradleak.types import About, Batch, Fact, ModelState, Observation, Update
 
 
@@ -122,11 +122,11 @@ class _WithLatent(Images):
 
     def image(self, flat: Tensor) -> Tensor:
         """(…, b, pixels + noise) → (…, b, *shape)."""
-        return flat[..., : math.prod(self.spec.shape)].unflatten(-1, self.spec.shape)
+        return flat[..., : math.prod(self.spec.shape)].reshape(*flat.shape[:-1], *self.spec.shape)
 
     def noise(self, flat: Tensor) -> Tensor:
         """(…, b, pixels + noise) → (…, b, *latent)."""
-        return flat[..., math.prod(self.spec.shape) :].unflatten(-1, self.latent)
+        return flat[..., math.prod(self.spec.shape) :].reshape(*flat.shape[:-1], *self.latent)
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,12 @@ class _Given(Wrapped):
     @property
     def deterministic(self) -> bool:
         return True
+
+    def mean(self, state: ModelState, batch: Batch) -> Update:
+        raise IntractableLikelihood("a client whose noise is part of the claim has no mean")
+
+    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
+        return self.inner.sample(state, batch, generator=generator)
 
     def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
         client, flat = self.inner, batch.inputs
