@@ -8,7 +8,7 @@ anybody has. After Carlini et al., "Is Private Learning Possible with Instance E
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -18,6 +18,7 @@ from scipy.sparse import coo_array
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from gradleak.defenses.encoded import soft_labels
 from gradleak.defenses.instahide import MIDDLE, InstaHide
 from gradleak.defenses.mixup import MixUp
 from gradleak.errors import InvalidInput
@@ -55,6 +56,7 @@ def decode(
     rule: MixUp | InstaHide,
     state: ModelState,
     count: int,
+    batch_size: int,
     public: Tensor,
     generator: torch.Generator,
     rounds: int = 4,
@@ -71,10 +73,11 @@ def decode(
     away.
 
     Args:
-        encodings: (m, *shape) in [0, 1] with soft labels, from any number of rounds.
+        encodings: (m, *shape) in [0, 1] with labels, from any number of rounds.
         rule: the protection, as far as everybody knows it.
         state: a state broadcast; only the protection looks at it.
         count: private images that the client has.
+        batch_size: of them in a round, which bounds how many an encoding can hold.
         public: (n, *shape) images that anybody has, at least 64.
         generator: the attacker's randomness.
         rounds: of solving and assigning.
@@ -82,15 +85,17 @@ def decode(
     Raises:
         InvalidInput: too few encodings or public images.
     """
-    own = rule.private if isinstance(rule, InstaHide) else rule.images
+    own = min(batch_size, rule.private if isinstance(rule, InstaHide) else rule.images)
     if not own <= count or len(encodings) * own < 2 * count or len(public) < _BATCH:
         raise InvalidInput(
             f"{len(encodings)} encodings of {own} of {count} images, {len(public)} public ones: "
             f"expected two encodings of every image, and {_BATCH} public ones"
         )
     signed = isinstance(rule, InstaHide)
+    if isinstance(rule, InstaHide):
+        rule = replace(rule, private=own)
     rule = rule.informed(Batch(public, torch.zeros(len(public), dtype=torch.int64)))
-    seen, labels = _signless(encodings.inputs, rule), encodings.labels.detach().float()
+    seen, labels = _signless(encodings.inputs, rule), soft_labels(state, encodings).float()
     likely = _sharing(seen, rule, state, public, generator=child(generator, "similarity"))
     held = (labels > _HELD).float()
     likely = likely * (held @ held.T > 0)
