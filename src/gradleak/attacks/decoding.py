@@ -28,8 +28,9 @@ from gradleak.types import Batch, ModelState
 _BATCH, _LEARNING = 64, 300
 _FACTOR_STEPS, _FACTOR_STARTS = 300, 8
 _SHARES, _TURNS = 6, 5
-_RIDGE, _FLOOR = 1e-2, 1e-2
+_RIDGE, _FLOOR = 1e-6, 1e-2
 _VALUES = [k / 12 - 1 for k in range(25)]
+_SCALES = [0.05 * k for k in range(6, 20)]
 _HELD = 0.02
 """Share of a label from which an encoding is said to hold an image of that class."""
 
@@ -243,8 +244,9 @@ class _Solution:
     def images(self, members: Tensor, count: int) -> tuple[Tensor, float]:
         """Images (count, *shape) of known members, and the objective.
 
-        From least squares that take every sign for the public mean's, pixel by pixel and weight by
-        weight to the most likely of a grid: what signs fold has more than one minimum.
+        Least squares, with every sign taken for the public mean's. Where signs are lost, from there
+        pixel by pixel and weight by weight to the most likely of a grid, for what they fold has
+        more than one minimum.
         """
         m, own = members.shape
         rest, noise = self.rest.flatten(), self.noise.flatten()
@@ -257,7 +259,7 @@ class _Solution:
         normal = weights.T @ weights + _RIDGE * torch.eye(count)
         x = (rest + torch.linalg.solve(normal, weights.T @ (given - rest))).clamp(-1, 1)
         spare = max(1, self.images_mixed - own)
-        for _ in range(_TURNS):
+        for _ in range(_TURNS if self.signed else 0):
             spread = (1 - scale) ** 2 / spare * noise + _FLOOR
             for j in range(count):
                 i, place = (members == j).nonzero(as_tuple=True)
@@ -272,18 +274,20 @@ class _Solution:
                 ]
                 x[j] = torch.tensor(_VALUES)[torch.stack(costs).argmin(0)]
             if own < self.images_mixed:
-                tried = torch.linspace(0.3, 0.95, 14)
-                everyone = torch.arange(m)
-                costs = []
-                for each in tried:
-                    same = each.expand(m, 1)
-                    var = (1 - each) ** 2 / spare * noise + _FLOOR
-                    blends = self._blends(x, rest, members, ratios, same)
-                    costs.append(self._costs(blends, everyone, var.expand(m, -1)).sum(1))
-                scale = tried[torch.stack(costs).argmin(0)][:, None]
+                scale = self._scales(x, members, ratios, spare)
         blends = self._blends(x, rest, members, ratios, scale)
         objective = float(self._errors(blends).mean())
         return x.reshape(count, *self.seen.shape[1:]), objective
+
+    def _scales(self, x: Tensor, members: Tensor, ratios: Tensor, spare: int) -> Tensor:
+        """(m, 1) the most likely weights of all private images together."""
+        rest, noise, m = self.rest.flatten(), self.noise.flatten(), len(members)
+        costs = []
+        for each in _SCALES:
+            blends = self._blends(x, rest, members, ratios, torch.full((m, 1), each))
+            variance = (1 - each) ** 2 / spare * noise + _FLOOR
+            costs.append(self._costs(blends, torch.arange(m), variance.expand(m, -1)).sum(1))
+        return torch.tensor(_SCALES)[torch.stack(costs).argmin(0)][:, None]
 
     def _blends(
         self, x: Tensor, rest: Tensor, members: Tensor, ratios: Tensor, scale: Tensor
