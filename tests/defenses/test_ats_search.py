@@ -12,6 +12,7 @@ from gradleak.data import load
 from gradleak.defenses import ATS
 from gradleak.defenses.ats_search import accuracy_score, privacy_score, search
 from gradleak.errors import InvalidInput
+from gradleak.models import build
 from gradleak.types import Batch, ModelState
 from tests.laws.small import TwoTwins, batch_of, state_of, stream
 
@@ -67,9 +68,7 @@ def test_identical_images_score_worse_than_different_ones() -> None:
 
 def test_the_most_private_of_the_accurate_half_come_first() -> None:
     digits = load("digits")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        state = ModelState.of(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)))
+    state = ModelState.of(build("lenet-tiny", digits.spec, seed=0))
     public = digits.batch(torch.arange(20))
     found = search(state, state, public, candidates=6, images=2, runs=1, generator=stream(0))
     again = search(state, state, public, candidates=6, images=2, runs=1, generator=stream(0))

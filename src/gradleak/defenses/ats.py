@@ -206,7 +206,7 @@ def _equalized(inputs: Tensor) -> Tensor:
 
 def _posterized(inputs: Tensor, bits: float) -> Tensor:
     """Only the leading bits of 8-bit values."""
-    rest = 2 ** (8 - round(bits))
+    rest = 2.0 ** (8 - round(bits))
     return ((inputs * 255).round() / rest).floor() * rest / 255
 
 
