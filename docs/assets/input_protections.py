@@ -17,7 +17,7 @@ from gradleak.attacks.decoding import decode
 from gradleak.defenses import InstaHide
 from gradleak.types import Batch, ModelState
 
-COUNT, ROUNDS, SCALE, GAP = 6, 20, 3, 6
+COUNT, ROUNDS, SCALE, GAP = 6, 12, 3, 6
 
 
 def main(target: Path) -> None:

@@ -42,7 +42,7 @@ ENOUGH = {
     "gias": {"steps": 500, "latent_share": 0.2, "restarts": 1},
     "ggl": {"steps": 600},
     "inverting-gradients": {"steps": 300},
-    "latent-inversion": {"steps": 600},
+    "latent-inversion": {"steps": 600, "total_variation": 1e-4},
     "sme": {"steps": 300},
 }
 """Settings that suffice for one digit through a small network, where cheap ones would not."""

@@ -67,10 +67,11 @@ def soft_labels(state: ModelState, batch: Batch) -> Tensor:
     if batch.labels.ndim == 2:
         return batch.labels
     model = template(state.model, "eval")
-    fixed = own_buffers(model, state)
+    numbers = dict(state.params), own_buffers(model, state)
+    first = batch.inputs[:1].to(next(iter(state.params.values())))
     with torch.no_grad():
-        one = torch.func.functional_call(model, (dict(state.params), fixed), (batch.inputs[:1],))
-    return one_hot(batch.labels, one.shape[1]).to(batch.inputs)
+        logits = torch.func.functional_call(model, numbers, (first,))
+    return one_hot(batch.labels, logits.shape[1]).to(batch.inputs)
 
 
 def mixture(
