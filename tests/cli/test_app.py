@@ -149,7 +149,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
     shown = capsys.readouterr().out
     assert "audit" in shown
-    for unbuilt in ("train", "ray", "aggregate"):
+    for unbuilt in ("ray", "aggregate"):
         assert unbuilt not in shown
     assert run(["audit", "--help"]) == 0
     assert "--fail-on" in capsys.readouterr().out

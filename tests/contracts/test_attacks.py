@@ -12,6 +12,7 @@ import gradleak as gl
 from gradleak import priors, registry
 from gradleak.attacks import ATTACKS
 from gradleak.data import Dataset, load, split
+from gradleak.defenses import ConvolutionalBottleneck
 from gradleak.errors import InvalidInput, NotApplicable
 from gradleak.models import build
 from gradleak.types import (
@@ -43,6 +44,7 @@ ENOUGH = {
     "ggl": {"steps": 600},
     "inverting-gradients": {"steps": 300},
     "rog": {"steps": 300, "factor": 1},
+    "latent-inversion": {"steps": 600, "total_variation": 1e-4},
     "sme": {"steps": 300},
 }
 """Settings that suffice for one digit through a small network, where cheap ones would not."""
@@ -60,12 +62,16 @@ DRAWN = {"ggl"}
 NETWORKS = {
     "april": "vit-tiny",
     "cocktail-party": "mlp",
+    "latent-inversion": "lenet-tiny+cvb",
     "linear-layer": "mlp",
     "spear": "mlp",
     "trap-weights": "mlp",
 }
 """Networks an attack's theory asks for; any other attack meets the small sigmoid LeNet."""
 
+
+CLIENTS = {"latent-inversion": ConvolutionalBottleneck()(gl.FedSGD())}
+"""Protections an attack is made for."""
 
 ONE_EXAMPLE = {"idlg"}
 """Attacks whose theory is about a single example and that say so."""
@@ -110,7 +116,13 @@ def digit(identifier: str, index: int, *, size: int = 1) -> tuple[Observation, t
         threat = replace(threat, knows=threat.knows | {Fact.PRIOR})
         prior = prior_of(PRIORS[identifier])
     scenario = gl.Scenario(
-        digits, state, threat=threat, batch_size=size, indices=chosen, prior=prior
+        digits,
+        state,
+        CLIENTS.get(identifier, gl.FedSGD()),
+        threat=threat,
+        batch_size=size,
+        indices=chosen,
+        prior=prior,
     )
     seen, truth = gl.simulate(scenario, generator=stream(0))
     return seen, truth.batch.inputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gradleak.defenses.cvb import cvb
 from gradleak.defenses.precode import precode
 from gradleak.types import Batch, DataSpec, ModelState
 
@@ -34,7 +35,20 @@ class Bottlenecked(TwoTwins):
         precode(self, latent=3)
 
 
-NEEDED: dict[str, type[nn.Module]] = {"precode": Bottlenecked}
+class Convolved(TwoTwins):
+    """The same behind a convolution with a variational bottleneck of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, stride=2, padding=1)
+        self.widen = nn.Linear(8, 16)
+        cvb(self, SPEC.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.widen(torch.tanh(self.conv(x)).flatten(1)))
+
+
+NEEDED: dict[str, type[nn.Module]] = {"precode": Bottlenecked, "cvb": Convolved}
 """Networks that a protection is made for; any other takes every network."""
 
 

@@ -13,21 +13,25 @@ from torch import Tensor
 from gradleak.defenses import (
     ATS,
     DEFENSES,
+    Defense,
     GaussianNoise,
+    LabelSmoothing,
     LaplaceNoise,
-    Precode,
+    MixUp,
     RandomMask,
     Soteria,
     TopK,
     Wrapped,
     build,
+    mixes_labels,
     rebased,
     undefended,
 )
+from gradleak.defenses.encoded import Encoded
 from gradleak.errors import IntractableLikelihood, NotApplicable
 from gradleak.mechanisms import MECHANISMS, FedAvg, FedSGD, Vertical
 from gradleak.types import Batch, Mechanism, ModelState, Update
-from tests.laws.small import Bottlenecked, OneWeight, TwoTwins, batch_of, state_of, stream
+from tests.laws.small import NEEDED, OneWeight, TwoTwins, batch_of, state_of, stream
 
 CORES: dict[str, Mechanism] = {name: kind() for name, kind in MECHANISMS.items()} | {
     "fedavg-3-steps": FedAvg(steps=3, learning_rate=0.1),
@@ -46,8 +50,8 @@ ALPHA = 1e-6
 def state(request: pytest.FixtureRequest) -> ModelState:
     names = request.fixturenames
     subject = request.getfixturevalue("mechanism") if "mechanism" in names else None
-    needs_bottleneck = isinstance(subject, Wrapped) and isinstance(subject.rule, Precode)
-    return state_of(Bottlenecked if needs_bottleneck else TwoTwins)
+    rule = subject.rule.id if isinstance(subject, Wrapped) else ""
+    return state_of(NEEDED.get(rule, TwoTwins))
 
 
 @pytest.fixture(params=SUBJECTS, scope="module")
@@ -102,15 +106,19 @@ def test_what_the_client_trained_on_can_be_replayed(defense: str, transforms: bo
     """Alone, and around a protection that transforms inputs by draws of its own."""
     client = Noting()
     mechanism = DEFENSES[defense]()(ATS("3-1-7/43-18-18")(client) if transforms else client)
-    state = state_of(Bottlenecked if defense == Precode.id else TwoTwins)
+    state = state_of(NEEDED.get(defense, TwoTwins))
     batch = batch_of(3)
     for seed in range(4):
         mechanism.sample(state, batch, generator=stream(seed))
         replayed = mechanism.trained_on(state, batch, generator=stream(seed))
         assert torch.equal(replayed.inputs, client.noted[-1].inputs)
-        assert torch.equal(replayed.labels, batch.labels)
-        changed = transforms or defense == ATS.id
-        assert torch.equal(replayed.inputs, batch.inputs) != changed
+        assert torch.equal(replayed.labels, client.noted[-1].labels)
+        encodes = isinstance(mechanism, Encoded)
+        assert torch.equal(replayed.inputs, batch.inputs) != (transforms or encodes)
+        softens = mixes_labels(mechanism) or defense == LabelSmoothing.id
+        assert (replayed.labels.ndim == 2) == softens
+        if softens:
+            torch.testing.assert_close(replayed.labels.sum(1), torch.ones(3, dtype=torch.float64))
 
 
 def assert_mean(
@@ -297,11 +305,18 @@ def test_noise_has_the_standard_deviation_it_names(noise: GaussianNoise | Laplac
 
 
 @pytest.mark.parametrize(
-    "identity", [GaussianNoise(0.0), LaplaceNoise(0.0), TopK(1.0), RandomMask(0.0), Soteria(0.0)]
+    "identity",
+    [
+        GaussianNoise(0.0),
+        LaplaceNoise(0.0),
+        TopK(1.0),
+        RandomMask(0.0),
+        Soteria(0.0),
+        MixUp(images=1),
+        LabelSmoothing(0.0),
+    ],
 )
-def test_identity_parameters_change_nothing(
-    identity: GaussianNoise | TopK | RandomMask | Soteria,
-) -> None:
+def test_identity_parameters_change_nothing(identity: Defense) -> None:
     core = FedSGD()
     assert identity(core) is core
 

@@ -9,9 +9,14 @@ from typing import Any
 from gradleak.defenses.ats import ATS
 from gradleak.defenses.censor import Censor
 from gradleak.defenses.clip import Clip
+from gradleak.defenses.cvb import ConvolutionalBottleneck
 from gradleak.defenses.dgc import DGC
 from gradleak.defenses.dp_sgd import DPSGD
+from gradleak.defenses.encoded import mixes_labels
 from gradleak.defenses.gradient_slices import GradientSlices
+from gradleak.defenses.instahide import InstaHide
+from gradleak.defenses.label_smoothing import LabelSmoothing
+from gradleak.defenses.mixup import MixUp
 from gradleak.defenses.noise import GaussianNoise, LaplaceNoise
 from gradleak.defenses.none import NoDefense
 from gradleak.defenses.outpost import Outpost
@@ -62,6 +67,10 @@ DEFENSES: dict[str, type[Any]] = {
         DGC,
         Outpost,
         Censor,
+        ConvolutionalBottleneck,
+        MixUp,
+        InstaHide,
+        LabelSmoothing,
     )
 }
 
@@ -88,11 +97,15 @@ __all__ = [
     "DPSGD",
     "Censor",
     "Clip",
+    "ConvolutionalBottleneck",
     "Defense",
     "GaussianNoise",
     "GradientSlices",
+    "InstaHide",
+    "LabelSmoothing",
     "LaplaceNoise",
     "Memory",
+    "MixUp",
     "NoDefense",
     "Outpost",
     "PartialSharing",
@@ -112,6 +125,7 @@ __all__ = [
     "difference",
     "gathered",
     "informed",
+    "mixes_labels",
     "norm",
     "rebased",
     "undefended",

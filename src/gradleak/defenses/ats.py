@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from gradleak.defenses.encoded import Encoded
 from gradleak.defenses.sheet import Sheet
-from gradleak.defenses.wrapped import Wrapped
 from gradleak.errors import IntractableLikelihood, InvalidInput, NotApplicable
 from gradleak.types import Batch, Mechanism, ModelState, Update
 
@@ -30,23 +30,48 @@ class Operation(NamedTuple):
 
     @property
     def strength(self) -> float:
-        """Shift as a share of the side, or how far the factor of an enhancement is from 1."""
-        return self.level / 9 * (150 / 331 if self.name.startswith("shift") else 0.5)
+        """Shift as a share of the side, angle in degrees, threshold or bits of 8-bit values, …"""
+        low, high = _RANGES.get(self.name, (0.0, 0.5))
+        return low + (high - low) * self.level / 9
 
+    @property
+    def signs(self) -> tuple[int, ...]:
+        """What it may draw."""
+        return (1, -1) if self.name in _SIGNED else (1,)
+
+
+_RANGES = {
+    "shift-x": (0.0, 150 / 331),
+    "shift-y": (0.0, 150 / 331),
+    "shear-y": (0.0, 0.3),
+    "rotate": (0.0, 30.0),
+    "posterize": (8.0, 4.0),
+    "solarize": (256.0, 0.0),
+}
+"""From level 0 to 9; of enhancements, how far the factor is from 1: 0 to 0.5."""
+_SIGNED = {"shift-x", "shift-y", "shear-y", "contrast", "sharpness", "brightness", "colour"}
 
 _LEVELS: dict[str, dict[int, int]] = {
     "shift-x": {3: 9, 21: 5},
     "shift-y": {7: 2, 24: 3, 42: 3, 43: 3, 48: 3},
+    "shear-y": {6: 2, 10: 5},
+    "rotate": {2: 2},
     "contrast": {1: 6, 18: 7},
     "sharpness": {4: 1, 5: 3, 14: 9, 19: 5, 25: 6},
     "brightness": {13: 5, 15: 9, 26: 6, 38: 3},
+    "colour": {12: 3, 20: 5, 27: 8, 34: 5, 39: 0},
+    "autocontrast": {8: 5, 23: 8, 31: 0, 36: 4, 41: 0, 44: 1, 49: 1},
+    "equalize": {9: 2, 16: 5, 17: 1, 22: 7, 30: 0, 32: 8, 33: 4, 35: 5, 46: 5},
+    "posterize": {11: 5},
+    "solarize": {28: 0, 37: 4, 40: 1, 45: 1},
+    "invert": {0: 7, 29: 0, 47: 0},
 }
 OPERATIONS: dict[int, Operation] = {
     number: Operation(name, level)
     for name, levels in _LEVELS.items()
     for number, level in levels.items()
 }
-"""The sub-policies of the published list of 50 that its selected policies are made of, by index."""
+"""The published list of 50 sub-policies, by index."""
 
 Outcome = tuple[tuple[Operation, int], ...]
 """Operations in order, each with the sign it drew."""
@@ -58,7 +83,7 @@ class ATS:
 
     A policy such as 3-1-7 applies sub-policies 3, 1 and 7 of the published list; of several joined
     by "/" (published: "+") every image draws one. Shifts fill with black, enhancements multiply by
-    1 ± strength, values stay in [0, 1].
+    1 ± strength, values stay in [0, 1]. `ats_search.search` looks for policies.
 
     The gradient is an ordinary one of T(x), so the attack needs no change and claims T(x), with
     which audits compare its claims: what T shows, the server sees.
@@ -75,6 +100,7 @@ class ATS:
 
     id: ClassVar[str] = "ats"
     title: ClassVar[str] = "Automatic transformation search"
+    mixes_labels: ClassVar[bool] = False
     sheet: ClassVar[Sheet] = Sheet(
         paper=(
             "Gao et al., Privacy-preserving Collaborative Learning with Automatic Transformation "
@@ -96,8 +122,7 @@ class ATS:
         for number in itertools.chain(*policies):
             if not (number.isascii() and number.isdigit() and int(number) in OPERATIONS):
                 raise InvalidInput(
-                    f"policy={self.policy!r}: {number!r} is none of the sub-policies "
-                    f"{', '.join(map(str, sorted(OPERATIONS)))}"
+                    f"policy={self.policy!r}: {number!r} is none of the sub-policies 0 to 49"
                 )
 
     def __call__(self, mechanism: Mechanism) -> Mechanism:
@@ -113,7 +138,7 @@ class ATS:
         found: list[Outcome] = []
         for one in re.split("[+/]", self.policy):
             operations = [OPERATIONS[int(n)] for n in one.split("-")]
-            signs = itertools.product((1, -1), repeat=len(operations))
+            signs = itertools.product(*(operation.signs for operation in operations))
             found += [tuple(zip(operations, drawn, strict=True)) for drawn in signs]
         return found
 
@@ -121,6 +146,10 @@ class ATS:
         """The transformation of one image."""
         outcomes = self.outcomes
         return outcomes[int(torch.randint(len(outcomes), (), generator=generator))]
+
+    def encode(self, state: ModelState, batch: Batch, generator: torch.Generator) -> Batch:
+        """The transformed images that the client trains on."""
+        return transformed(batch, [self.draw(generator) for _ in range(len(batch))])
 
 
 def applied(outcome: Outcome, inputs: Tensor) -> Tensor:
@@ -166,22 +195,87 @@ def _blend(inputs: Tensor, other: Tensor, change: float) -> Tensor:
     return (other + (1 + change) * (inputs - other)).clamp(0, 1)
 
 
+def _autocontrast(inputs: Tensor) -> Tensor:
+    """Every channel stretched to [0, 1]; a constant one stays."""
+    low, high = inputs.amin((2, 3), keepdim=True), inputs.amax((2, 3), keepdim=True)
+    width = torch.where(high > low, high - low, 1.0)
+    return torch.where(high > low, (inputs - low) / width, inputs)
+
+
+def _equalized(inputs: Tensor) -> Tensor:
+    """Every channel's 8-bit histogram flattened, by Pillow's table of whole numbers."""
+    grey = (inputs * 255).round().long()
+    planes = []
+    for plane in grey.flatten(0, 1).flatten(1):
+        counts = torch.bincount(plane, minlength=256)
+        filled = counts[counts > 0]
+        step = int(filled.sum() - filled[-1]) // 255
+        if len(filled) > 1 and step:
+            before = counts.cumsum(0) - counts
+            plane = ((step // 2 + before) // step)[plane]
+        planes.append(plane)
+    return torch.stack(planes).reshape(inputs.shape).to(inputs) / 255
+
+
+def _posterized(inputs: Tensor, bits: float) -> Tensor:
+    """Only the leading bits of 8-bit values."""
+    rest = 2.0 ** (8 - round(bits))
+    return ((inputs * 255).round() / rest).floor() * rest / 255
+
+
+def _rotated(inputs: Tensor, degrees: float) -> Tensor:
+    """Turned counter-clockwise about the centre, nearest pixel, grey outside."""
+    height, width = inputs.shape[-2:]
+    y, x = (torch.arange(n, dtype=torch.float64) + 0.5 - n / 2 for n in (height, width))
+    cos, sin = math.cos(math.radians(degrees)), -math.sin(math.radians(degrees))
+    column = (cos * x[None, :] + sin * y[:, None] + width / 2).floor().long()
+    row = (-sin * x[None, :] + cos * y[:, None] + height / 2).floor().long()
+    inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    turned = inputs[..., row.clamp(0, height - 1), column.clamp(0, width - 1)]
+    return torch.where(inside.to(inputs.device), turned, 128 / 255)
+
+
+def _sheared(inputs: Tensor, share: float) -> Tensor:
+    """x'(row, column) = x(row + share · column, column) by Pillow's bicubic, black outside."""
+    height, width = inputs.shape[-2:]
+    column = torch.arange(width)
+    place = torch.arange(height)[:, None] + 0.5 + share * (column[None, :] + 0.5).double()
+    first = (place - 0.5).floor()
+    d = place - 0.5 - first
+    weights = (
+        -d + 2 * d**2 - d**3,
+        1 - 2 * d**2 + d**3,
+        d + d**2 - d**3,
+        -(d**2) + d**3,
+    )
+    found = torch.zeros_like(inputs)
+    for offset, weight in zip((-1, 0, 1, 2), weights, strict=True):
+        row = (first.long() + offset).clamp(0, height - 1)
+        found = found + weight.to(inputs) * inputs[..., row, column.expand(height, width)]
+    inside = (place >= 0) & (place < height)
+    return torch.where(inside.to(inputs.device), found.clamp(0, 1), 0.0)
+
+
 _OPERATORS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "shift-x": lambda x, share: _shift(x, share, 3),
     "shift-y": lambda x, share: _shift(x, share, 2),
+    "shear-y": _sheared,
+    "rotate": _rotated,
     "contrast": lambda x, change: _blend(x, _grey(x).mean((1, 2, 3), keepdim=True), change),
     "sharpness": lambda x, change: _blend(x, _smooth(x), change),
     "brightness": lambda x, change: _blend(x, torch.zeros_like(x), change),
+    "colour": lambda x, change: _blend(x, _grey(x), change),
+    "autocontrast": lambda x, _: _autocontrast(x),
+    "equalize": lambda x, _: _equalized(x),
+    "posterize": _posterized,
+    "solarize": lambda x, threshold: torch.where(x * 255 < threshold, x, 1 - x),
+    "invert": lambda x, _: 1 - x,
 }
 
 
 @dataclass(frozen=True)
-class _Transformed(Wrapped):
+class _Transformed(Encoded):
     rule: ATS
-
-    @property
-    def deterministic(self) -> bool:
-        return False
 
     def mean(self, state: ModelState, batch: Batch) -> Update:
         """Over every combination of draws, where these are few."""
@@ -192,16 +286,6 @@ class _Transformed(Wrapped):
         updates = [self.inner.mean(state, transformed(batch, each)).values for each in draws]
         means = {k: torch.stack([u[k] for u in updates]).mean(0) for k in updates[0]}
         return Update(means, self.kind)
-
-    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
-        return self.inner.sample(state, self._transformed(batch, generator), generator=generator)
-
-    def trained_on(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Batch:
-        transformed = self._transformed(batch, generator)
-        return self.inner.trained_on(state, transformed, generator=generator)
-
-    def _transformed(self, batch: Batch, generator: torch.Generator) -> Batch:
-        return transformed(batch, [self.rule.draw(generator) for _ in range(len(batch))])
 
 
 def transformed(batch: Batch, outcomes: Sequence[Outcome]) -> Batch:

@@ -28,14 +28,15 @@ _WEIGHT = "divergence_weight"
 
 
 class VariationalBottleneck(nn.Module):
-    """(b, width) → decoder(μ + σ ε) of the same form, with (μ, s) = encoder(h), σ = softplus(s).
+    """h → decoder(μ + σ ε) with (μ, s) = encoder(h) in halves of its channels, σ = softplus(s).
 
     In training mode ε ~ N(0, 1); else it is the buffer `latent_noise`, zero unless a client's draw
     stands in for it, so that the network stays a pure function.
 
     Args:
-        width: of the layer's inputs and outputs.
-        latent: entries of ε.
+        encoder: (b, …) → (b, 2 · latent[0], …).
+        decoder: (b, *latent) → (b, …).
+        latent: form of ε.
         weight: of the divergence in the client's loss.
     """
 
@@ -43,21 +44,21 @@ class VariationalBottleneck(nn.Module):
     divergence_weight: Tensor
     given: Tensor
 
-    def __init__(self, width: int, *, latent: int = 256, weight: float = 1e-3) -> None:
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, *, latent: tuple[int, ...], weight: float
+    ) -> None:
         super().__init__()
-        self.latent = latent
-        self.encoder = nn.Linear(width, 2 * latent)
-        self.decoder = nn.Linear(latent, width)
-        self.register_buffer(_NOISE, torch.zeros(1, latent))
+        self.encoder, self.decoder = encoder, decoder
+        self.register_buffer(_NOISE, torch.zeros(1, *latent))
         self.register_buffer(_WEIGHT, torch.tensor(weight))
 
     def forward(self, h: Tensor) -> Tensor:
         statistics = self.encoder(h)
-        mean, scale = statistics[:, : self.latent], softplus(statistics[:, self.latent :])
+        mean, scale = statistics.chunk(2, dim=1)
         noise = self.latent_noise[: h.shape[0]]
         if self.training:
             noise, self.given = torch.randn_like(mean), statistics
-        decoded: Tensor = self.decoder(mean + scale * noise)
+        decoded: Tensor = self.decoder(mean + softplus(scale) * noise)
         return decoded
 
     def penalty(self) -> Tensor:
@@ -77,16 +78,18 @@ def precode(model: nn.Module, *, latent: int = 256, weight: float = 1e-3) -> nn.
     if not heads:
         raise InvalidInput("precode: expected a network with a linear layer")
     name, head = heads[-1]
-    bottleneck = VariationalBottleneck(head.in_features, latent=latent, weight=weight)
+    width = head.in_features
+    encoder, decoder = nn.Linear(width, 2 * latent), nn.Linear(latent, width)
+    bottleneck = VariationalBottleneck(encoder, decoder, latent=(latent,), weight=weight)
     model.set_submodule(name, nn.Sequential(bottleneck, head))
     return model
 
 
 def divergence(statistics: Tensor) -> Tensor:
-    """KL(N(μ, σ²) ‖ N(0, 1)) in bits, per example: (b, 2 latent) → (b,)."""
+    """KL(N(μ, σ²) ‖ N(0, 1)) in bits, per example: (b, 2 latent, …) → (b,)."""
     mean, scale = statistics.chunk(2, dim=1)
     sigma = softplus(scale)
-    nats = 0.5 * (mean**2 + sigma**2 - 1 - 2 * sigma.log()).sum(1)
+    nats = 0.5 * (mean**2 + sigma**2 - 1 - 2 * sigma.log()).flatten(1).sum(1)
     return nats / math.log(2)
 
 
@@ -136,7 +139,7 @@ class Precode:
     )
 
     def __call__(self, mechanism: Mechanism) -> Mechanism:
-        return _Latent(mechanism, self)
+        return _Read(mechanism, self)
 
     def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
         """One update cannot contradict a claim about noise inside the network."""
@@ -153,7 +156,7 @@ def bottleneck_of(state: ModelState) -> str:
         if name.endswith(f".{_NOISE}"):
             return name.removesuffix(f".{_NOISE}")
     raise NotApplicable(
-        "precode: the network has no variational bottleneck: expected --model NAME+precode"
+        "the network has no variational bottleneck: expected --model NAME+precode or NAME+cvb"
     )
 
 
@@ -189,15 +192,17 @@ def _watching(model: nn.Module, encoder: str) -> tuple[nn.Module, list[Tensor]]:
 
 
 @dataclass(frozen=True)
-class _Latent(Wrapped):
-    rule: Precode
+class DrawnLatent(Wrapped):
+    """A client that draws the noise of its network's bottleneck; attacks hold it at zero."""
 
     @property
     def deterministic(self) -> bool:
         return False
 
     def mean(self, state: ModelState, batch: Batch) -> Update:
-        raise IntractableLikelihood("precode: no closed form of the mean over its latent noise")
+        raise IntractableLikelihood(
+            f"{self.rule.id}: no closed form of the mean over its latent noise"
+        )
 
     def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
         inner, given = self._given(state, self._drawn(state, batch, generator))
@@ -213,12 +218,45 @@ class _Latent(Wrapped):
         return latent.to(batch.inputs.device)
 
     def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
+        blank = torch.zeros_like(state.buffers[f"{bottleneck_of(state)}.{_NOISE}"])
+        return self.predict_given(received, state, batch, blank)
+
+    def latent_shape(self, state: ModelState, *, batch_size: int) -> tuple[int, ...]:
+        blank = state.buffers[f"{bottleneck_of(state)}.{_NOISE}"]
+        return (batch_size, *blank.shape[1:])
+
+    def predict_given(
+        self, received: Update, state: ModelState, batch: Batch, latent: Tensor
+    ) -> Update:
+        inner, given = self._given(state, latent)
+        return inner.predict(received, given, batch)
+
+    def _given(self, state: ModelState, latent: Tensor) -> tuple[Mechanism, ModelState]:
+        """The deterministic client for one draw, and the state it works on."""
         name = bottleneck_of(state)
+        model, statistics = _watching(state.model, f"{name}.encoder")
+        weight = float(state.buffers[f"{name}.{_WEIGHT}"])
+        core = undefended(self.inner)
+        if not isinstance(core, FedSGD | FedAvg | Vertical):
+            what = f"{self.rule.id} of {type(core).__name__}"
+            raise NotApplicable(f"{what}: expected a built-in mechanism")
+        loss = _WithDivergence(core.loss, weight, statistics)
+        buffers = {**state.buffers, f"{name}.{_NOISE}": latent}
+        return rebased(self.inner, loss=loss), replace(state, model=model, buffers=buffers)
+
+
+@dataclass(frozen=True)
+class _Read(DrawnLatent):
+    """PRECODE's: linear, so that an update of one example shows ε; muted for a batch."""
+
+    rule: Precode
+
+    def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
         if len(batch) == 1:
             latent = self.latent_of(received, state)
             return self.predict_given(received, state, batch, latent)
-        blank = torch.zeros_like(state.buffers[f"{name}.{_NOISE}"])
-        clean = self.predict_given(received, state, batch, blank)
+        clean = super().predict(received, state, batch)
+        name = bottleneck_of(state)
         muted = {k: v for k, v in received.values.items() if k.startswith(f"{name}.")}
         return Update({**clean.values, **muted}, clean.kind)
 
@@ -228,15 +266,6 @@ class _Latent(Wrapped):
         own = frozenset(k for k in state.params if k.startswith(f"{name}."))
         return own | self.inner.spent(state)
 
-    def latent_shape(self, state: ModelState, *, batch_size: int) -> tuple[int, ...]:
-        return (batch_size, state.buffers[f"{bottleneck_of(state)}.{_NOISE}"].shape[1])
-
-    def predict_given(
-        self, received: Update, state: ModelState, batch: Batch, latent: Tensor
-    ) -> Update:
-        inner, given = self._given(state, latent)
-        return inner.predict(received, given, batch)
-
     def latent_of(self, received: Update, state: ModelState) -> Tensor:
         """The noise behind an update of one example, (1, latent); exact for a gradient."""
         name = bottleneck_of(state)
@@ -245,18 +274,6 @@ class _Latent(Wrapped):
         weight, bias = (state.params[f"{name}.encoder.{part}"] for part in ("weight", "bias"))
         mean, scale = (weight @ h + bias).chunk(2)
         return ((z - mean) / softplus(scale))[None]
-
-    def _given(self, state: ModelState, latent: Tensor) -> tuple[Mechanism, ModelState]:
-        """The deterministic client for one draw, and the state it works on."""
-        name = bottleneck_of(state)
-        model, statistics = _watching(state.model, f"{name}.encoder")
-        weight = float(state.buffers[f"{name}.{_WEIGHT}"])
-        core = undefended(self.inner)
-        if not isinstance(core, FedSGD | FedAvg | Vertical):
-            raise NotApplicable(f"precode of {type(core).__name__}: expected a built-in mechanism")
-        loss = _WithDivergence(core.loss, weight, statistics)
-        buffers = {**state.buffers, f"{name}.{_NOISE}": latent}
-        return rebased(self.inner, loss=loss), replace(state, model=model, buffers=buffers)
 
 
 def _read_by(gradient: Mapping[str, Tensor], layer: str) -> Tensor:

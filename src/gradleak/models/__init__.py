@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
+from gradleak.defenses.cvb import cvb
 from gradleak.defenses.precode import precode
 from gradleak.errors import InvalidInput, nearest
 from gradleak.models.cafe import cafe, cafe_small
@@ -64,7 +66,11 @@ MODELS: dict[str, ModelAbout] = {
     )
 }
 
-_PRECODE = "+precode"
+_ALTERED: dict[str, Callable[[nn.Module, DataSpec], nn.Module]] = {
+    "+precode": lambda model, spec: precode(model),
+    "+cvb": lambda model, spec: cvb(model, spec.shape),
+}
+"""Protections that change the network, by what its name ends in."""
 
 
 def build(name: str, spec: DataSpec, *, seed: int) -> nn.Module:
@@ -72,17 +78,19 @@ def build(name: str, spec: DataSpec, *, seed: int) -> nn.Module:
 
     Args:
         name: an identifier of `MODELS`, or `package.module:factory` for the user's own network;
-            either may end in "+precode", which puts a variational bottleneck before its head.
+            either may end in "+precode" or "+cvb", which puts a variational bottleneck before
+            its head or behind its first convolution.
         spec: form of the data; the network maps (b, *spec.shape) to (b, spec.classes) logits.
         seed: fixes the initial weights; torch's global random state is left as it was.
 
     Raises:
         InvalidInput: unknown name, or a network that does not fit the data.
     """
-    if name.endswith(_PRECODE):
-        model = build(name.removesuffix(_PRECODE), spec, seed=seed)
-        with seeded(seed):
-            return precode(model)
+    for ending, alter in _ALTERED.items():
+        if name.endswith(ending):
+            model = build(name.removesuffix(ending), spec, seed=seed)
+            with seeded(seed):
+                return alter(model, spec)
     if name in MODELS:
         if spec.modality != "image":
             raise InvalidInput(f"model {name!r} takes images: the data are {spec.modality}")

@@ -247,7 +247,7 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
     for i, (target, claim) in enumerate(zip(attacked, claims)):
         true = target.truth.trained_on
         truth, original = _on_cpu(true), _on_cpu(target.truth.batch)
-        transformed = true is not target.truth.batch
+        transformed = true.inputs is not target.truth.batch.inputs
         beside = _control(job, i)  # a single recorded client has nobody beside it
         unrelated = _on_cpu(claims[beside].batch) if beside < len(claims) else None
         guesses = metrics.baselines(public, truth, labels_known=labels_known, spec=dataset.spec)

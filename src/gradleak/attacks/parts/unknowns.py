@@ -29,7 +29,8 @@ class Unknown(ABC):
     Attributes:
         spec: public form of the data.
         batch_size: images per claim.
-        labels: (targets, b) int64 where known or recovered beforehand; None searches jointly.
+        labels: (targets, b) int64, or soft (targets, b, classes), where known or recovered
+            beforehand; None searches jointly.
         dtype: precision of the search.
     """
 
@@ -106,7 +107,9 @@ class Images(Unknown):
     def decode(self, variables: Variables, targets: Sequence[int]) -> tuple[Tensor, Tensor]:
         if self.labels is None:
             return variables["inputs"], variables["logits"].softmax(-1)
-        return variables["inputs"], self.labels[list(targets)]
+        labels = self.labels[list(targets)]
+        soft = labels.is_floating_point()
+        return variables["inputs"], labels.to(self.dtype) if soft else labels
 
     def project_(self, variables: Variables) -> None:
         if self.boxed:

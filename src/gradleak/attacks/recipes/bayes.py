@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from gradleak.attacks.parts.annealing import annealed
-from gradleak.attacks.parts.known_labels import known_or_recovered
+from gradleak.attacks.parts.known_labels import labels_to_match
 from gradleak.attacks.parts.likelihood import DataTerm, data_term, noise_variance
 from gradleak.attacks.parts.objective import Objective
 from gradleak.attacks.parts.penalties import wrapped_variation
@@ -86,7 +86,7 @@ class Bayes(Recipe):
             unknown=Images(
                 seen[0].data,
                 seen[0].knowledge.batch_size or 1,
-                labels=torch.stack([known_or_recovered(o) for o in seen]),
+                labels=labels_to_match(seen),
                 boxed=False,
                 mean=0.0,
                 std=1.0,

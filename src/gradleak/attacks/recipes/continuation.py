@@ -24,7 +24,7 @@ from gradleak.attacks.closed_form.row_space import row_space
 from gradleak.attacks.parts import smoothing
 from gradleak.attacks.parts.client import plain_client
 from gradleak.attacks.parts.distances import balanced_gap, direction_gap
-from gradleak.attacks.parts.known_labels import known_or_recovered
+from gradleak.attacks.parts.known_labels import labels_to_match
 from gradleak.attacks.parts.lbfgs import lbfgs
 from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import Objective
@@ -109,7 +109,7 @@ class Continuation(Recipe):
             unknown=Images(
                 seen[0].data,
                 seen[0].knowledge.batch_size or 1,
-                labels=torch.stack([known_or_recovered(o) for o in seen]),
+                labels=labels_to_match(seen),
                 boxed=False,
                 mean=0.5,
                 std=0.05,

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from gradleak.attacks.parts.distances import cosine
-from gradleak.attacks.parts.known_labels import known_or_recovered
+from gradleak.attacks.parts.known_labels import labels_to_match
 from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import Objective
 from gradleak.attacks.parts.penalties import known_statistics, total_variation
@@ -78,7 +78,7 @@ class InvertingGradients(Recipe):
             unknown=Images(
                 seen[0].data,
                 seen[0].knowledge.batch_size or 1,
-                labels=torch.stack([known_or_recovered(o) for o in seen]),
+                labels=labels_to_match(seen),
                 boxed=True,
                 mean=0.5,
                 std=0.25,

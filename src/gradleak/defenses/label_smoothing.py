@@ -1,0 +1,84 @@
+"""Label smoothing: no example is wholly of its class (Szegedy et al., CVPR 2016)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from gradleak.defenses.encoded import soft_labels
+from gradleak.defenses.sheet import Sheet
+from gradleak.defenses.wrapped import Noise, Wrapped, noised
+from gradleak.errors import InvalidInput
+from gradleak.types import Batch, Likelihood, Mechanism, ModelState, Update
+
+
+@dataclass(frozen=True)
+class LabelSmoothing:
+    """u = g(x, (1 − share) y + share / K).
+
+    Nothing is drawn: an attacker who knows it smooths the classes of his claim alike. A claim with
+    soft labels is taken for what the client trained on.
+
+    Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016.
+
+    Args:
+        share: of the label's mass that all K classes share.
+    """
+
+    share: float = 0.1
+
+    id: ClassVar[str] = "label-smoothing"
+    title: ClassVar[str] = "Label smoothing"
+    sheet: ClassVar[Sheet] = Sheet(
+        paper="Szegedy et al., Rethinking the Inception Architecture for Computer Vision, CVPR "
+        "2016",
+        link="https://arxiv.org/abs/1512.00567",
+        promises="soft labels that rules for hard ones misread, and that matching gets wrong",
+        broken_by="smoothing the claim's labels alike: the client draws nothing",
+        cost="none",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise InvalidInput(f"share={self.share}: expected a number in [0, 1)")
+
+    def __call__(self, mechanism: Mechanism) -> Mechanism:
+        return _Smoothed(mechanism, self) if self.share > 0 else mechanism
+
+    def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
+        """It claims nothing of the update's statistics."""
+        return None
+
+
+@dataclass(frozen=True)
+class _Smoothed(Wrapped):
+    rule: LabelSmoothing
+
+    def mean(self, state: ModelState, batch: Batch) -> Update:
+        return self.inner.mean(state, self._smooth(state, batch))
+
+    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
+        return self.inner.sample(state, self._smooth(state, batch), generator=generator)
+
+    def trained_on(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Batch:
+        smooth = self._smooth(state, batch)
+        return self.inner.trained_on(state, smooth, generator=generator)
+
+    def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
+        return self.inner.predict(received, state, self._smooth(state, batch))
+
+    def likelihood(self, *, batch_size: int) -> Likelihood:
+        known = self.inner.likelihood(batch_size=batch_size)
+        return Likelihood(_Smoothed(known.centre, self.rule), known.density)
+
+    def noised(self, noise: Noise) -> Likelihood:
+        known = noised(self.inner, noise)
+        return Likelihood(_Smoothed(known.centre, self.rule), known.density)
+
+    def _smooth(self, state: ModelState, batch: Batch) -> Batch:
+        if batch.labels.ndim == 2:
+            return batch
+        hard = soft_labels(state, batch)
+        return Batch(batch.inputs, (1 - self.rule.share) * hard + self.rule.share / hard.shape[1])
