@@ -1,7 +1,8 @@
 """Commands and options of `gradleak`.
 
 Exit status: 0 done, 1 a --fail-on condition holds or an inspected network looks crafted,
-2 invalid request, 3 trials failed to run, an attack beat what is proved or training cannot go on, 130 interrupted.
+2 invalid request, 3 trials failed to run, an attack beat what is proved or training cannot go on,
+130 interrupted.
 """
 
 from __future__ import annotations
