@@ -109,12 +109,13 @@ class Rounds(FedAvg):  # type: ignore[misc]
             try:
                 content = _content(received.get(node))
                 like = self.made.initial.params if self.raw else stored(self.made.initial)
-                values = checked(tensors_of(_one(content)), like, what="reply")
+                values = checked(tensors_of(content[ARRAYS]), like, what="reply")
                 examples = float(content[METRICS][EXAMPLES])
                 if not 0 < examples < float("inf"):
                     raise InvalidInput(f"{EXAMPLES}={examples}: expected a positive number")
             except (GradleakError, KeyError, TypeError, ValueError) as error:
-                reason = " ".join(str(error).split())[:300]
+                lack = "reply without " if isinstance(error, KeyError) else ""
+                reason = f"{lack}{' '.join(str(error).split())}"[:300]
                 self.entry["failed"].append({"client": number, "reason": reason})
                 continue
             good[number] = values, examples
@@ -202,9 +203,3 @@ def _content(reply: Message | None) -> RecordDict:
     if reply.has_error():
         raise InvalidInput(reply.error.reason or f"error {reply.error.code}")
     return reply.content
-
-
-def _one(content: RecordDict) -> ArrayRecord:
-    if ARRAYS not in content.array_records:
-        raise InvalidInput(f"reply without the record {ARRAYS!r}")
-    return content.array_records[ARRAYS]

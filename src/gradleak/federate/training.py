@@ -196,3 +196,18 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+app = ServerApp()
+"""The server of a deployment: settings, and `out`, come from the run configuration."""
+
+
+@app.main()  # type: ignore[untyped-decorator]
+def deployed(grid: Grid, context: Context) -> None:
+    """Train with the settings of the run."""
+    given = dict(context.run_config)
+    out = Path(str(given.pop("out", "gradleak-training")))
+    settings = TrainSettings.of(given)
+    kept = Checkpoint(out, _about(settings))
+    if kept.record["status"] != "done":
+        server_app(federation(settings), kept, _Unwatched())(grid, context)
