@@ -19,7 +19,6 @@ import torch
 from gradleak.federate.settings import TrainSettings
 from gradleak.federate.training import train
 
-
 COMMON = TrainSettings(data="mnist-5k", model="mlp", rounds=150, learning_rate=0.2)
 LINES = {
     "none": ("none", COMMON, "#8a94a3"),

@@ -102,7 +102,7 @@ def test_flowers_simulation_trains_the_same_model(tmp_path: Path) -> None:
     arguments = [*SMALL, "--rounds", "3", "--quiet"]
     assert run([*arguments, "--out", str(tmp_path / "here")]) == 0
     command = [sys.executable, "-m", "gradleak", *arguments, "--engine", "flower"]
-    environment = os.environ | {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = os.environ | {"RAY_worker_niceness": "0"}  # or a busy machine starves actors
     subprocess.run([*command, "--out", str(tmp_path / "ray")], check=True, env=environment)
     here, there = (
         json.loads((tmp_path / name / "training.json").read_text()) for name in ("here", "ray")
