@@ -78,6 +78,13 @@ def test_equal_generators_give_equal_samples(mechanism: Mechanism, state: ModelS
     assert torch.equal(first, other) == mechanism.deterministic
 
 
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_every_protection_has_a_data_sheet(defense: str) -> None:
+    sheet = DEFENSES[defense].sheet
+    assert all((sheet.paper, sheet.promises, sheet.broken_by, sheet.cost))
+    assert not sheet.link or sheet.link.startswith("https://")
+
+
 @dataclass(frozen=True)
 class Noting(FedSGD):
     """A client that notes what it is asked to train on."""

@@ -7,7 +7,7 @@ from gradleak.federate import protect
 from quickstart.task import Net, accuracy, load_partition, train
 
 # The one line of the client: what it sends is clipped and noised.
-app = ClientApp(mods=[protect("clip:norm=1+gaussian-noise:std=0.0001")])
+app = ClientApp(mods=[protect("clip:norm=1+gaussian-noise:std=0.001")])
 
 
 def _partition(context: Context) -> int:

@@ -47,7 +47,7 @@ def labels() -> list[dict[str, Any]]:
 
 
 def defenses() -> list[dict[str, Any]]:
-    """Every protection with its fields."""
+    """Every protection with its fields and its data sheet."""
     from gradleak.defenses import DEFENSES
 
     return [
@@ -56,6 +56,7 @@ def defenses() -> list[dict[str, Any]]:
             "title": defense.title,
             "about": (inspect.getdoc(defense) or "").partition("\n")[0],
             "fields": _fields(defense),
+            **dataclasses.asdict(defense.sheet),
         }
         for name, defense in DEFENSES.items()
     ]
@@ -133,7 +134,7 @@ KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 _COLUMNS = {
     "attacks": ("id", "title", "server", "likelihood", "prior", "needs"),
     "labels": ("id", "title", "claims", "assumes", "fields"),
-    "defenses": ("id", "title", "about", "fields"),
+    "defenses": ("id", "title", "promises", "broken_by"),
     "priors": ("id", "title", "proper", "fields"),
     "models": ("id", "title", "batch_norm"),
     "data": ("id", "title", "shape", "classes", "embedded", "licence"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from gradleak.defenses.sheet import Sheet
 from gradleak.defenses.wrapped import Wrapped
 from gradleak.errors import IntractableLikelihood, InvalidInput, NotApplicable
 from gradleak.types import Batch, Mechanism, ModelState, Update
@@ -74,6 +75,19 @@ class ATS:
 
     id: ClassVar[str] = "ats"
     title: ClassVar[str] = "Automatic transformation search"
+    sheet: ClassVar[Sheet] = Sheet(
+        paper=(
+            "Gao et al., Privacy-preserving Collaborative Learning with Automatic Transformation "
+            "Search, CVPR 2021"
+        ),
+        link="https://arxiv.org/abs/2011.12505",
+        promises="Gradients of transformed images reveal nothing of the images.",
+        broken_by=(
+            "any attack, unchanged: it recovers the transformed image, in which the original "
+            "shows; early in training best"
+        ),
+        cost="accuracy of training under strong augmentation; no time",
+    )
 
     def __post_init__(self) -> None:
         policies = [one.split("-") for one in re.split("[+/]", self.policy)]

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from gradleak.defenses.sheet import Sheet
 from gradleak.defenses.wrapped import Mapped, norm
 from gradleak.errors import InvalidInput
 from gradleak.mechanisms import FedSGD
@@ -36,6 +37,18 @@ class Clip:
 
     id: ClassVar[str] = "clip"
     title: ClassVar[str] = "Norm clipping"
+    sheet: ClassVar[Sheet] = Sheet(
+        paper=(
+            "Abadi et al., Deep Learning with Differential Privacy, CCS 2016, Algorithm 1 without"
+            " its noise"
+        ),
+        link="https://arxiv.org/abs/1607.00133",
+        promises=(
+            "No update, or no example, weighs more than its bound. By itself it hides nothing."
+        ),
+        broken_by="a comparison of directions; by example, clipping inside the comparison",
+        cost="slower training where it bites; by example also time",
+    )
 
     def __post_init__(self) -> None:
         check_positive(norm=self.norm)

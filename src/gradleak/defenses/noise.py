@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from gradleak.defenses.sheet import Sheet
 from gradleak.defenses.wrapped import Noise, Unbiased, difference, noised, norm, undefended
 from gradleak.errors import IntractableLikelihood, InvalidInput
 from gradleak.mechanisms import FedSGD
@@ -26,6 +27,7 @@ class AdditiveNoise(ABC):
 
     id: ClassVar[str]
     title: ClassVar[str]
+    sheet: ClassVar[Sheet]
     kurtosis: ClassVar[float]
 
     def __post_init__(self) -> None:
@@ -86,6 +88,19 @@ class GaussianNoise(AdditiveNoise):
 
     id: ClassVar[str] = "gaussian-noise"
     title: ClassVar[str] = "Gaussian noise"
+    sheet: ClassVar[Sheet] = Sheet(
+        paper="Zhu, Liu, Han, Deep Leakage from Gradients, NeurIPS 2019, section 5",
+        link="https://arxiv.org/abs/1906.08935",
+        promises=(
+            "Single coordinates drown in noise. Without clipping it has no (ε, δ): it is not "
+            "differential privacy."
+        ),
+        broken_by=(
+            "the Gaussian likelihood with a prior (`bayes`): leakage falls gradually, and "
+            "averages over rounds of the same batch"
+        ),
+        cost="accuracy, growing with the noise; no bytes, no time",
+    )
     kurtosis: ClassVar[float] = 3.0
 
     def averaged(self, batch_size: int) -> Self:
@@ -119,6 +134,16 @@ class LaplaceNoise(AdditiveNoise):
 
     id: ClassVar[str] = "laplace-noise"
     title: ClassVar[str] = "Laplace noise"
+    sheet: ClassVar[Sheet] = Sheet(
+        paper="Zhu, Liu, Han, Deep Leakage from Gradients, NeurIPS 2019, section 5",
+        link="https://arxiv.org/abs/1906.08935",
+        promises="As Gaussian noise, with heavier tails; no (ε, δ) either.",
+        broken_by=(
+            "its likelihood, an L1 distance (`bayes`), beats the squared distance that most "
+            "evaluations use"
+        ),
+        cost="accuracy, growing with the noise; no bytes, no time",
+    )
     kurtosis: ClassVar[float] = 6.0
 
     @property

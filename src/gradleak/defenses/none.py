@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from gradleak.defenses.sheet import Sheet
 from gradleak.types import Mechanism, Update
 
 
@@ -14,6 +15,13 @@ class NoDefense:
 
     id: ClassVar[str] = "none"
     title: ClassVar[str] = "No protection"
+    sheet: ClassVar[Sheet] = Sheet(
+        paper="the control of every comparison",
+        link="",
+        promises="Nothing.",
+        broken_by="every attack: it is the control",
+        cost="none",
+    )
 
     def __call__(self, mechanism: Mechanism) -> Mechanism:
         return mechanism

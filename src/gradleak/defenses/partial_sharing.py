@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradleak.defenses.sheet import Sheet
 from gradleak.defenses.wrapped import Masked, norm
 from gradleak.errors import InvalidInput, nearest
 from gradleak.types import Mechanism, Update
@@ -29,6 +30,18 @@ class PartialSharing:
 
     id: ClassVar[str] = "partial-sharing"
     title: ClassVar[str] = "Partial sharing"
+    sheet: ClassVar[Sheet] = Sheet(
+        paper="Shokri, Shmatikov, Privacy-Preserving Deep Learning, CCS 2015",
+        link="https://doi.org/10.1145/2810103.2813687",
+        promises="Some layers never leave the client.",
+        broken_by=(
+            "leaving them out of the comparison: the other layers usually determine the input"
+        ),
+        cost=(
+            "accuracy, as the layers withheld are trained by nobody or by each client alone; "
+            "saves bytes"
+        ),
+    )
 
     def __post_init__(self) -> None:
         end, colon, count = self.withheld.partition(":")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from gradleak.defenses.sheet import Sheet
 from gradleak.defenses.wrapped import Wrapped, rebased, undefended
 from gradleak.errors import IntractableLikelihood, InvalidInput, NotApplicable
 from gradleak.mechanisms.client import Loss
@@ -123,6 +124,16 @@ class Precode:
 
     id: ClassVar[str] = "precode"
     title: ClassVar[str] = "PRECODE"
+    sheet: ClassVar[Sheet] = Sheet(
+        paper="Scheliga, Mäder, Seeland, PRECODE, WACV 2022",
+        link="https://arxiv.org/abs/2108.04725",
+        promises="Latent noise before the head makes every gradient random.",
+        broken_by=(
+            "a first linear layer in closed form, whatever the noise; elsewhere muting the "
+            "bottleneck, whose noise one example gives away"
+        ),
+        cost="parameters: the bottleneck is larger than a small network",
+    )
 
     def __call__(self, mechanism: Mechanism) -> Mechanism:
         return _Latent(mechanism, self)

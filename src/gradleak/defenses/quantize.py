@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradleak.defenses.dithered import Dithered, misplaced
+from gradleak.defenses.sheet import Sheet
 from gradleak.errors import InvalidInput
 from gradleak.types import Mechanism, Update
 
@@ -29,6 +30,16 @@ class Quantize:
 
     id: ClassVar[str] = "quantize"
     title: ClassVar[str] = "Stochastic quantisation"
+    sheet: ClassVar[Sheet] = Sheet(
+        paper="Alistarh et al., QSGD, NeurIPS 2017",
+        link="https://arxiv.org/abs/1610.02132",
+        promises="Few bits of every coordinate leave the client.",
+        broken_by=(
+            "the interval that each level stands for: a claim is compared with what would be "
+            "rounded to the levels received"
+        ),
+        cost="variance at few levels; saves bytes",
+    )
 
     def __post_init__(self) -> None:
         if self.levels < 1:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradleak.defenses.sheet import Sheet
 from gradleak.defenses.wrapped import Masked, Noise, Separable, Wrapped, noised, separable
 from gradleak.errors import IntractableLikelihood, InvalidInput
 from gradleak.seeding import child
@@ -36,6 +37,16 @@ class RandomMask:
 
     id: ClassVar[str] = "random-mask"
     title: ClassVar[str] = "Random pruning"
+    sheet: ClassVar[Sheet] = Sheet(
+        paper="Balunović et al., Bayesian Framework for Gradient Leakage, ICLR 2022",
+        link="https://arxiv.org/abs/2111.04706",
+        promises="A random part of the coordinates does not leave the client.",
+        broken_by=(
+            "a comparison on the support received; under noise that covers the zeros, the mixture"
+            " of both cases as likelihood (`bayes`)"
+        ),
+        cost="accuracy, through larger variance of the mean update; saves bytes",
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:

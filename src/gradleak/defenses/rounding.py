@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradleak.defenses.dithered import Dithered, misplaced
+from gradleak.defenses.sheet import Sheet
 from gradleak.defenses.wrapped import Mapped, Noise, Separable, log_mass, noise_inside
 from gradleak.mechanisms.client import check_positive
 from gradleak.types import Batch, Likelihood, Mechanism, ModelState, Update
@@ -31,6 +32,13 @@ class Round:
 
     id: ClassVar[str] = "round"
     title: ClassVar[str] = "Rounding to a grid"
+    sheet: ClassVar[Sheet] = Sheet(
+        paper="no paper: fixed-point transport",
+        link="",
+        promises="Nothing; digits below the grid do not leave the client.",
+        broken_by="the interval that each value stands for",
+        cost="none for fine grids; saves bytes",
+    )
 
     def __post_init__(self) -> None:
         check_positive(step=self.step)

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from gradleak.defenses.sheet import Sheet
 from gradleak.defenses.wrapped import Wrapped, undefended
 from gradleak.errors import InvalidInput, NotApplicable
 from gradleak.mechanisms.client import own_buffers, template
@@ -42,6 +43,19 @@ class Soteria:
 
     id: ClassVar[str] = "soteria"
     title: ClassVar[str] = "Soteria"
+    sheet: ClassVar[Sheet] = Sheet(
+        paper=(
+            "Sun et al., Provable Defense against Privacy Leakage in Federated Learning from "
+            "Representation Perspective, CVPR 2021"
+        ),
+        link="https://arxiv.org/abs/2012.06043",
+        promises="The features that say most about the input do not reach the server.",
+        broken_by=(
+            "muting the silenced columns, which their zeros show; all other tensors determine the"
+            " input (Balunović et al., ICLR 2022)"
+        ),
+        cost="one backward pass per feature of the defended layer",
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.prune_rate < 100:

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from gradleak.defenses.sheet import Sheet
 from gradleak.defenses.wrapped import Mapped, Noise, log_mass, noise_inside
 from gradleak.errors import InvalidInput
 from gradleak.types import Batch, Likelihood, Mechanism, ModelState, Update
@@ -31,6 +32,16 @@ class TopK:
 
     id: ClassVar[str] = "top-k"
     title: ClassVar[str] = "Top-k sparsification"
+    sheet: ClassVar[Sheet] = Sheet(
+        paper="Aji, Heafield, Sparse Communication for Distributed Gradient Descent, EMNLP 2017",
+        link="https://arxiv.org/abs/1704.05021",
+        promises="Small coordinates do not leave the client.",
+        broken_by=(
+            "a comparison on the support received, which the zeros give away, and what the claim "
+            "has beyond the smallest magnitude sent"
+        ),
+        cost="accuracy at strong sparsity; saves bytes",
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:

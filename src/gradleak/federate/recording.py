@@ -11,7 +11,7 @@ from flwr.app import Context, Message
 from flwr.serverapp.strategy import Strategy
 
 from gradleak.federate import weights
-from gradleak.federate.protect import Train
+from gradleak.federate.client_mod import Train
 from gradleak.run.recordings import Entry, keep
 from gradleak.types import UpdateKind
 

@@ -46,7 +46,7 @@ def load_weights(path: Path | str, model: nn.Module) -> ModelState:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(9)
         stored = load_file(path)
     except FileNotFoundError as error:
         raise InvalidInput(f"no weights file {path}") from error
@@ -56,7 +56,7 @@ def load_weights(path: Path | str, model: nn.Module) -> ModelState:
         reason = (
             "is a PyTorch pickle, which may run code and is never opened: save it again with "
             "safetensors.torch.save_file"
-            if start.startswith(PICKLE_STARTS)
+            if start.startswith(PICKLE_STARTS) and start[8:] != b"{"  # a header of 640 bytes, say
             else "is not a whole safetensors file (truncated, corrupted or of another format)"
         )
         raise CorruptFile(f"{path} {reason}") from error
