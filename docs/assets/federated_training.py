@@ -19,7 +19,7 @@ import torch
 from gradleak.federate.settings import TrainSettings
 from gradleak.federate.training import train
 
-COMMON = TrainSettings(data="mnist-5k", model="mlp", rounds=100, learning_rate=0.2)
+COMMON = TrainSettings(data="digits", model="mlp", rounds=60, learning_rate=0.5)
 LINES = {
     "none": ("none", COMMON, "#8a94a3"),
     "gossip": ("none, gossip over a ring", replace(COMMON, topology="gossip"), "#2b5fa8"),
