@@ -8,6 +8,7 @@ Exit status: 0 done, 1 a --fail-on condition holds or an inspected network looks
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import signal
 import sys
@@ -407,10 +408,8 @@ def train_command(
     for name in ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED"):
         os.environ.setdefault(name, "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-    try:
-        import flwr  # noqa: F401
-    except ImportError:
-        raise InvalidInput("train needs Flower: pip install 'gradleak[federate]'") from None
+    if importlib.util.find_spec("flwr") is None:
+        raise InvalidInput("train needs Flower: pip install 'gradleak[federate]'")
     from gradleak.cli.progress import Bar
     from gradleak.cli.tables import print_training
     from gradleak.federate.settings import TrainSettings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 
@@ -26,6 +25,7 @@ from gradleak.federate.records import (
     stored,
     tensors_of,
 )
+from gradleak.federate.secrecy import secret_generator
 from gradleak.federate.settings import TrainSettings
 from gradleak.federate.topology import metropolis
 from gradleak.seeding import child
@@ -107,7 +107,7 @@ def _round(
 def _draws(settings: TrainSettings, client: int, server_round: int) -> torch.Generator:
     """A client's own randomness: seeded afresh by the operating system unless a test says how."""
     if settings.draws is None:
-        return torch.Generator().manual_seed(secrets.randbits(63))
+        return secret_generator()
     names = f"client/{client}/round/{server_round}"
     return child(torch.Generator().manual_seed(settings.draws), names)
 

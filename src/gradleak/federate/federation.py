@@ -14,7 +14,7 @@ from torch.func import functional_call
 from gradleak import data, defenses, models, registry
 from gradleak.data import Dataset
 from gradleak.defenses import advanced, informed, undefended
-from gradleak.errors import InvalidInput
+from gradleak.errors import InvalidInput, NotApplicable
 from gradleak.federate.settings import MECHANISMS, TrainSettings
 from gradleak.federate.topology import Edges, Star
 from gradleak.mechanisms import FedAvg, FedSGD
@@ -97,8 +97,8 @@ def federation(settings: TrainSettings) -> Federation:
     Halves and initial weights are those of an audit with the same seed.
 
     Raises:
-        InvalidInput: a name or a value makes no sense, or there are fewer examples than clients.
-        NotApplicable: a protection does not fit the network or the mechanism.
+        InvalidInput: a name or a value makes no sense, there are fewer examples than clients, or a
+            protection does not fit the network or the mechanism.
     """
     directory = None if settings.data_dir is None else Path(settings.data_dir)
     dataset = data.load(settings.data, data_dir=directory)
@@ -133,6 +133,9 @@ def _tried(made: Federation) -> Federation:
     core = undefended(made.mechanism)
     size = min(made.settings.batch_size or math.inf, getattr(core, "minibatch_size", None) or 2)
     batch = made.dataset.batch(made.parts[0][: int(size)])
-    with torch.no_grad():
-        advanced(made.mechanism, made.initial, batch, {}, generator=made.stream("trial"))
+    try:
+        with torch.no_grad():
+            advanced(made.mechanism, made.initial, batch, {}, generator=made.stream("trial"))
+    except NotApplicable as reason:
+        raise InvalidInput(f"--defense {made.settings.defense}: {reason}") from None
     return made

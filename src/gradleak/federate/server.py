@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from gradleak.defenses import compensated
 from gradleak.errors import GradleakError, InvalidInput
 from gradleak.federate.client import NODE, RATE, ROUND
 from gradleak.federate.federation import Federation
+from gradleak.federate.recording import record
 from gradleak.federate.records import (
     ARRAYS,
     CONFIG,
@@ -24,7 +26,6 @@ from gradleak.federate.records import (
     SECONDS,
     arrays_of,
     checked,
-    mixed,
     moved,
     size,
     state_of,
@@ -108,12 +109,13 @@ class Rounds(FedAvg):  # type: ignore[misc]
             try:
                 content = _content(received.get(node))
                 like = self.made.initial.params if self.raw else stored(self.made.initial)
-                values = checked(tensors_of(_one(content)), like, what="reply")
+                values = checked(tensors_of(content[ARRAYS]), like, what="reply")
                 examples = float(content[METRICS][EXAMPLES])
                 if not 0 < examples < float("inf"):
                     raise InvalidInput(f"{EXAMPLES}={examples}: expected a positive number")
             except (GradleakError, KeyError, TypeError, ValueError) as error:
-                reason = " ".join(str(error).split())[:300]
+                lack = "reply without " if isinstance(error, KeyError) else ""
+                reason = f"{lack}{' '.join(str(error).split())}"[:300]
                 self.entry["failed"].append({"client": number, "reason": reason})
                 continue
             good[number] = values, examples
@@ -126,7 +128,7 @@ class Rounds(FedAvg):  # type: ignore[misc]
                 f"round {number}: {len(good)} of {self.entry['clients']} clients sent an update of "
                 f"use, expected at least {least}; client {first['client']}: {first['reason']}"
             )
-        following = self.combine(good, self._asked)
+        following = self.combine(good, next(iter(self._asked.values())).content)
         if not all(bool(v.isfinite().all()) for v in following.params.values()):
             raise Stopped(
                 f"round {number}: the state is no longer finite: expected a smaller --learning-rate"
@@ -152,11 +154,10 @@ class Rounds(FedAvg):  # type: ignore[misc]
     def combine(
         self,
         good: Mapping[int, tuple[Mapping[str, Tensor], float]],
-        asked: Mapping[int, Message],
+        sent: RecordDict,
     ) -> ModelState:
-        """The next state, from replies and numbers of examples by client."""
-        sent = next(iter(asked.values())).content[ARRAYS]
-        state = state_of(tensors_of(sent), self.made.initial)
+        """The next state, from replies and numbers of examples by client, to what was sent."""
+        state = state_of(tensors_of(sent[ARRAYS]), self.made.initial)
         total = sum(examples for _, examples in good.values())
         mean = {k: torch.zeros_like(v) for k, v in state.params.items()}
         for values, examples in good.values():
@@ -171,6 +172,10 @@ class Rounds(FedAvg):  # type: ignore[misc]
     def tensors(self) -> dict[str, Tensor]:
         """What the next round needs besides the state."""
         return {}
+
+    def kept_in(self, directory: Path) -> None:
+        """Keep broadcasts and replies there, as a curious server does."""
+        record(directory, kind=self.made.mechanism.kind).at_server(self)
 
     def _present(self, grid: Grid, number: int) -> list[int]:
         """The nodes that are there, sorted; each has a number from its first round on.
@@ -192,70 +197,9 @@ class Rounds(FedAvg):  # type: ignore[misc]
         return nodes
 
 
-class Neighbours(Rounds):
-    """A post office of clients that have no server: it hands every one its neighbours' states.
-
-        θ_i ← Σ_j w_ij θ_j − η u_i(θ_i),   or  ... + u_i for changes of parameters
-
-    is computed by the clients. The post office keeps what they published last. The mean of their
-    states is tested, and nobody is sent it.
-
-    Source: Lian et al., "Can decentralized algorithms outperform centralized algorithms?",
-    NeurIPS 2017 (D-PSGD); weights of Xiao & Boyd, 2004.
-    """
-
-    message_type = "train.gossip"
-
-    def __init__(
-        self, made: Federation, *, done: int = 0, tensors: Mapping[str, Tensor] | None = None
-    ) -> None:
-        super().__init__(made, done=done)
-        self.published = dict.fromkeys(range(made.settings.clients), made.initial)
-        for i in self.published:
-            own = under(tensors or {}, f"node/{i}/")
-            if own:
-                self.published[i] = state_of(own, made.initial)
-        self._records = {i: arrays_of(stored(s)) for i, s in self.published.items()}
-
-    @property
-    def raw(self) -> bool:
-        """Neighbours always exchange states."""
-        return False
-
-    def letter(self, number: int, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
-        """A client's own state and those of its neighbours, by number."""
-        return {str(i): self._records[i] for i in (number, *self.made.edges[number])}
-
-    def combine(
-        self,
-        good: Mapping[int, tuple[Mapping[str, Tensor], float]],
-        asked: Mapping[int, Message],
-    ) -> ModelState:
-        """The mean of what is published now."""
-        for i, (values, _) in good.items():
-            self.published[i] = state_of(values, self.made.initial)
-            self._records[i] = arrays_of(values)
-        share = 1 / len(self.published)
-        return mixed(self.published, dict.fromkeys(self.published, share))
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {f"node/{i}/{k}": v for i, s in self.published.items() for k, v in stored(s).items()}
-
-
-def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose name begins so, without it."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
 def _content(reply: Message | None) -> RecordDict:
     if reply is None:
         raise InvalidInput("no answer")
     if reply.has_error():
         raise InvalidInput(reply.error.reason or f"error {reply.error.code}")
     return reply.content
-
-
-def _one(content: RecordDict) -> ArrayRecord:
-    if ARRAYS not in content.array_records:
-        raise InvalidInput(f"reply without the record {ARRAYS!r}")
-    return content.array_records[ARRAYS]

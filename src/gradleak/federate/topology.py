@@ -20,6 +20,7 @@ class Star:
     """Every client talks to the server, which sees every update."""
 
     id: ClassVar[str] = "star"
+    attacker: ClassVar[int] = -1
 
     def check(self, clients: int) -> None:
         """Any number of clients will do."""
@@ -32,10 +33,12 @@ class Gossip:
     Args:
         graph: "ring", "regular" (random, every client with `degree` neighbours) or "complete".
         degree: of "regular".
+        attacker: number of the client whose view is recorded.
     """
 
     graph: Literal["ring", "regular", "complete"] = "ring"
     degree: int = 4
+    attacker: int = 0
 
     id: ClassVar[str] = "gossip"
 
@@ -46,6 +49,8 @@ class Gossip:
         """Raise `InvalidInput` where there is no such graph of so many clients."""
         if clients < 3:
             raise InvalidInput(f"gossip among {clients} clients: expected at least 3")
+        if not 0 <= self.attacker < clients:
+            raise InvalidInput(f"gossip:attacker={self.attacker}: expected 0 to {clients - 1}")
         if self.graph == "regular" and (
             not 2 <= self.degree < clients or clients * self.degree % 2
         ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -19,9 +20,10 @@ from gradleak.errors import InvalidInput, nearest
 from gradleak.federate.checkpoint import Checkpoint
 from gradleak.federate.client import MEMORY, client_app
 from gradleak.federate.federation import Federation, federation
+from gradleak.federate.gossip import Neighbours, under
 from gradleak.federate.grid import InProcessGrid
 from gradleak.federate.records import arrays_of, state_of, stored, tensors_of
-from gradleak.federate.server import Neighbours, Rounds, Stopped, under
+from gradleak.federate.server import Rounds, Stopped
 from gradleak.federate.settings import TrainSettings
 
 ENGINES = ("in-process", "flower")
@@ -105,7 +107,7 @@ def server_app(
         )
 
         if record_to is not None:
-            strategy.recorded(record_to)
+            strategy.kept_in(record_to)
 
         def tested(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             if server_round == 0:
@@ -156,10 +158,8 @@ def _memories(grid: Grid) -> dict[str, Tensor]:
 
 def _simulate(server: ServerApp, client: Any, *, nodes: int) -> None:
     """Run the apps on Flower's simulation engine, one client per core at a time."""
-    try:
-        import ray  # noqa: F401
-    except ImportError:
-        raise InvalidInput("--engine flower needs Ray: pip install 'gradleak[ray]'") from None
+    if importlib.util.find_spec("ray") is None:
+        raise InvalidInput("--engine flower needs Ray: pip install 'gradleak[ray]'")
     from flwr.simulation import run_simulation
 
     run_simulation(
@@ -196,3 +196,18 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+app = ServerApp()
+"""The server of a deployment: settings, and `out`, come from the run configuration."""
+
+
+@app.main()  # type: ignore[untyped-decorator]
+def deployed(grid: Grid, context: Context) -> None:
+    """Train with the settings of the run."""
+    given = dict(context.run_config)
+    out = Path(str(given.pop("out", "gradleak-training")))
+    settings = TrainSettings.of(given)
+    kept = Checkpoint(out, _about(settings))
+    if kept.record["status"] != "done":
+        server_app(federation(settings), kept, _Unwatched())(grid, context)
