@@ -44,7 +44,7 @@ def test_train_prints_what_it_reached(tmp_path: Path, capsys: pytest.CaptureFixt
     [
         (["--partition", "dirichlets"], 2, "did you mean 'dirichlet'?"),
         (["--engine", "flowers"], 2, "did you mean 'flower'?"),
-        (["--defense", "precode"], 2, "--defense precode: precode: the network has no"),
+        (["--defense", "precode"], 2, "--defense precode: the network has no"),
         (["--clients", "5000"], 2, "--clients 5000: the clients' half of digits has 899"),
         (["--mechanism", "fedavg:minibatch_size=9"], 2, "minibatch_size=9"),
     ],

@@ -28,7 +28,9 @@ from tests.defenses.test_rounds import Late
 from tests.laws.small import TwoTwins, batch_of, state_of
 
 ALPHA = 1e-6
-NEED_THE_BATCH = {"soteria", "ats", "precode"}
+NEED_THE_BATCH = frozenset(
+    ("soteria", "ats", "precode", "cvb", "mixup", "instahide", "label-smoothing", "censor")
+)
 """Protections that no message can carry; any other protects one."""
 
 Weights = dict[str, Tensor]

@@ -96,7 +96,7 @@ class _Private(Unbiased):
 
     def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
         clean = self.inner.sample(state, batch, generator=generator)
-        noise = self.rule.noise(len(batch))
+        noise = self.rule.noise(len(batch) if self.rule.scope == "example" else 1)
         return Update({k: v + noise.draw(v, generator) for k, v in clean.values.items()}, self.kind)
 
     def likelihood(self, *, batch_size: int) -> Likelihood:
