@@ -105,7 +105,8 @@ def test_every_protection_protects_or_says_why_not(defense: str) -> None:
             torch.testing.assert_close(value, want[name], rtol=1e-4, atol=1e-5)
     # The protection's own test of what it claims; a mod that does nothing would fail it.
     if hasattr(client, "rule") and defense not in {"round", "quantize"}:  # blurred by adding θ
-        assert client.rule.doubt(Update(clean, "delta"), got) is None
+        before = client.inner.sample(state, batch_of(1), generator=torch.Generator())
+        assert client.rule.doubt(before, got) is None
 
 
 def test_noise_has_its_size_and_is_never_the_same() -> None:
