@@ -305,7 +305,6 @@ Memory = Mapping[str, Tensor]
 """What a client keeps from round to round, by name; empty before its first round."""
 
 
-@runtime_checkable
 class Remembering(Protocol):
     """A layer whose client keeps something from round to round; `sample` is its first round."""
 
@@ -352,8 +351,9 @@ def advanced(
     Returns:
         The update, equal to that of `sample` in the first round, and the new memory.
     """
-    if isinstance(mechanism, Remembering):
-        return mechanism.advance(state, batch, memory, generator=generator)
+    if (advance := getattr(mechanism, "advance", None)) is not None:  # `Remembering`, told fast
+        sent: tuple[Update, Memory] = advance(state, batch, memory, generator=generator)
+        return sent
     if not isinstance(mechanism, Wrapped) or not _remembers(mechanism.inner):
         return mechanism.sample(state, batch, generator=generator), memory
     inside = _Carried(mechanism.inner, mechanism.rule, dict(memory))
@@ -362,7 +362,7 @@ def advanced(
 
 
 def _remembers(mechanism: Mechanism) -> bool:
-    if isinstance(mechanism, Remembering):
+    if hasattr(mechanism, "advance"):
         return True
     return isinstance(mechanism, Wrapped) and _remembers(mechanism.inner)
 
