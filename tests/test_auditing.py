@@ -155,7 +155,7 @@ def test_both_attackers_and_the_price_in_one_audit(tmp_path: Path) -> None:
     assert "mechanism" not in report.findings[2]["threat"]["knows"]
     page = report.page.read_text()
     assert "not in the chart: trained on digits, lenet-tiny instead" in page
-    assert "inverting-gradients, unaware" in page
+    assert "inverting-gradients (unaware)" in page
     assert "Attackers who know the protection" not in page
     with pytest.raises(InvalidInput, match=r"no training\.json"):
         gl.audit(**SMALL, cost="nowhere", out=tmp_path / "never")

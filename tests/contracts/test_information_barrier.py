@@ -18,7 +18,10 @@ from gradleak import priors
 from gradleak.attacks import ATTACKS
 from gradleak.attacks.active.feature_fishing import FeatureFishing
 from gradleak.attacks.active.fishing import Fishing
+from gradleak.attacks.recipes.latent_inversion import LatentInversion
 from gradleak.data import Dataset
+from gradleak.defenses import Precode
+from gradleak.defenses.precode import precode
 from gradleak.errors import NotApplicable
 from gradleak.run.beliefs import fitted
 from gradleak.run.trial import divide
@@ -69,7 +72,10 @@ def two_worlds(
     right[..., 2:] = torch.rand((2, 1, 4, 2), generator=stream(1))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        state = ModelState.of(Blinkered())
+        network: nn.Module = Blinkered()
+        if isinstance(attack, LatentInversion):  # made for clients that draw a latent
+            network, mechanism = precode(network, latent=3), Precode()(gl.FedSGD())
+        state = ModelState.of(network)
     threat = gl.ThreatModel(server="malicious" if isinstance(attack, Planting) else "honest")
     granted = None
     if prior is not None:
