@@ -24,6 +24,7 @@ from gradleak.defenses.partial_sharing import PartialSharing
 from gradleak.defenses.precode import Precode
 from gradleak.defenses.quantize import Quantize
 from gradleak.defenses.random_mask import RandomMask
+from gradleak.defenses.risk_noise import RiskNoise
 from gradleak.defenses.rounding import Round
 from gradleak.defenses.sheet import Sheet
 from gradleak.defenses.sign import Sign
@@ -64,6 +65,7 @@ DEFENSES: dict[str, type[Any]] = {
         ATS,
         Precode,
         GradientSlices,
+        RiskNoise,
         DGC,
         Outpost,
         Censor,
@@ -112,6 +114,7 @@ __all__ = [
     "Precode",
     "Quantize",
     "RandomMask",
+    "RiskNoise",
     "Round",
     "Sent",
     "Sheet",

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from gradleak.defenses.compensation import filtered, padded_shape, published_shape
 from gradleak.defenses.noise import GaussianNoise
-from gradleak.defenses.risk import all_ones_risk, cumulative, frobenius_risk, greedy
+from gradleak.defenses.public_risk import OnPublicRisk, held
+from gradleak.defenses.risk import cumulative, greedy
 from gradleak.defenses.sheet import Sheet
 from gradleak.defenses.wrapped import (
     Memory,
@@ -30,17 +29,14 @@ from gradleak.defenses.wrapped import (
 )
 from gradleak.errors import IntractableLikelihood, InvalidInput
 from gradleak.mechanisms import FedSGD
-from gradleak.mechanisms.client import Loss, check_positive, normalises
+from gradleak.mechanisms.client import check_positive, normalises
 from gradleak.types import Batch, Density, Likelihood, Mechanism, ModelState, Update
 
-_ROUNDS, _RISKS = "gradient-slices/rounds", "gradient-slices/risks"
-_PER_CLASS = 5
-_PROBES = 1
 _MOST_SUBSETS = 20_000
 
 
 @dataclass(frozen=True)
-class GradientSlices:
+class GradientSlices(OnPublicRisk):
     """ũ_j = u_j + N(0, std²) on `chosen` of `slices` slices of the flat update, u_j on the others.
 
     Slices follow the order of parameters and are of equal leakage risk, measured on public
@@ -81,8 +77,6 @@ class GradientSlices:
     aspect: float = 6.0
     seed: int | None = None
     refresh: int = 500
-    public: Batch | None = field(default=None, init=False, repr=False, compare=False)
-    digest: str = field(default="", init=False, repr=False)
 
     id: ClassVar[str] = "gradient-slices"
     title: ClassVar[str] = "Noise on random gradient slices"
@@ -120,17 +114,6 @@ class GradientSlices:
             return f"claims std {self.std:g} and adds {{:.3g}}", measured
         return None
 
-    def informed(self, public: Batch) -> Self:
-        """Keep the first five examples of every class."""
-        labels = public.classes
-        first = [torch.nonzero(labels == c).flatten()[:_PER_CLASS] for c in set(labels.tolist())]
-        index = torch.cat(first).sort().values
-        told = copy.copy(self)
-        root = Batch(public.inputs[index].detach(), labels[index])
-        object.__setattr__(told, "public", root)
-        object.__setattr__(told, "digest", _digest({"inputs": root.inputs, "labels": root.labels}))
-        return told
-
     def compensated(self, values: Mapping[str, Tensor], *, clients: int) -> dict[str, Tensor]:
         """The mean of the updates of some clients, filtered."""
         if not self.compensate:
@@ -163,7 +146,7 @@ class GradientSlices:
         """Leakage risk of every tensor, in the state's order."""
         if self.public is None or self.by == "layer":
             return tuple(float(p.numel()) for p in state.params.values())
-        return _risks(_Case.of(self, state, core))
+        return self.measured(state, core, published=self.mode == "as-published")
 
     def pattern(self, count: int, generator: torch.Generator, *, earlier: int = 0) -> list[int]:
         """Which of `count` slices get noise.
@@ -188,46 +171,6 @@ class GradientSlices:
                 if place <= self.chosen:
                     taken[place - 1] = item
         return taken
-
-
-@dataclass(frozen=True)
-class _Case:
-    """What risks depend on; equal by what it holds."""
-
-    mode: str
-    loss: Loss
-    digests: tuple[str, ...]
-    state: ModelState = field(compare=False)
-    public: Batch = field(compare=False)
-
-    @classmethod
-    def of(cls, rule: GradientSlices, state: ModelState, core: Mechanism) -> _Case:
-        """A case in numbers that a change of precision on the way does not alter."""
-        assert rule.public is not None
-        loss = getattr(core, "loss", FedSGD().loss)
-        digests = (rule.digest, _digest(state.params), _digest(state.buffers))
-        return cls(rule.mode, loss, digests, state, rule.public)
-
-
-def _digest(values: Mapping[str, Tensor]) -> str:
-    """Of names and numbers, as float32."""
-    seen = hashlib.blake2b()
-    for name, value in values.items():
-        seen.update(name.encode())
-        seen.update(value.detach().float().cpu().numpy().tobytes())
-    return seen.hexdigest()
-
-
-@lru_cache(maxsize=64)
-def _risks(case: _Case) -> tuple[float, ...]:
-    state = case.state.to(torch.float32)
-    like = next(iter(state.params.values()))
-    public = Batch(case.public.inputs.to(like), case.public.labels.to(like.device))
-    if case.mode == "as-published":
-        found = all_ones_risk(state, public, loss=case.loss, batch_norm="eval")
-    else:
-        found = frobenius_risk(state, public, loss=case.loss, batch_norm="eval", probes=_PROBES)
-    return tuple(float(f"{risk:.3g}") for risk in found.values())  # alike on every machine
 
 
 @lru_cache(maxsize=64)
@@ -270,14 +213,14 @@ class Sliced(Unbiased):
         self, state: ModelState, batch: Batch, memory: Memory, *, generator: torch.Generator
     ) -> tuple[Update, Memory]:
         """Keep the risks for `refresh` rounds."""
-        clean, kept = advanced(self.inner, state, batch, memory, generator=generator)
-        rounds, risks = int(memory.get(_ROUNDS, torch.zeros(()))), memory.get(_RISKS)
-        if risks is None or rounds % self.rule.refresh == 0:
-            known = self.rule.risks(state, undefended(self.inner))
-            risks = torch.tensor(known, dtype=torch.float64)
-        slices = self.rule.cut(risks.tolist(), [p.numel() for p in state.params.values()])
+        clean, inside = advanced(self.inner, state, batch, memory, generator=generator)
+        core = undefended(self.inner)
+        risks, rounds, kept = held(
+            self.rule.id, memory, self.rule.refresh, lambda: self.rule.risks(state, core)
+        )
+        slices = self.rule.cut(risks, [p.numel() for p in state.params.values()])
         update = self._noised(clean, state, batch, slices, earlier=rounds, generator=generator)
-        return update, {**kept, _ROUNDS: torch.tensor(rounds + 1), _RISKS: risks}
+        return update, {**inside, **kept}
 
     def slices(self, state: ModelState) -> tuple[Tensor, ...]:
         """Coordinates of every slice of the flat update."""

@@ -1,0 +1,104 @@
+"""Protections that go by the leakage risk of tensors, measured on public examples."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from gradleak.defenses.risk import all_ones_risk, frobenius_risk
+from gradleak.defenses.wrapped import Memory
+from gradleak.mechanisms import FedSGD
+from gradleak.mechanisms.client import Loss
+from gradleak.types import Batch, Mechanism, ModelState
+
+_PER_CLASS = 5
+_PROBES = 1
+
+
+@dataclass(frozen=True)
+class OnPublicRisk:
+    """What such a protection was told: the first five public examples of every class."""
+
+    public: Batch | None = field(default=None, init=False, repr=False, compare=False)
+    digest: str = field(default="", init=False, repr=False)
+
+    def informed(self, public: Batch) -> Self:
+        """Keep the first five examples of every class."""
+        labels = public.classes
+        first = [torch.nonzero(labels == c).flatten()[:_PER_CLASS] for c in set(labels.tolist())]
+        index = torch.cat(first).sort().values
+        told = copy.copy(self)
+        root = Batch(public.inputs[index].detach(), labels[index])
+        object.__setattr__(told, "public", root)
+        object.__setattr__(told, "digest", _digest({"inputs": root.inputs, "labels": root.labels}))
+        return told
+
+    def measured(
+        self, state: ModelState, core: Mechanism, *, published: bool = False
+    ) -> tuple[float, ...]:
+        """R_l of every tensor, in the state's order, for one that was told.
+
+        Args:
+            state: broadcast state.
+            core: the client without protections.
+            published: whether by a probe of ones.
+        """
+        assert self.public is not None
+        loss = getattr(core, "loss", FedSGD().loss)
+        digests = (self.digest, _digest(state.params), _digest(state.buffers))
+        return _risks(_Case(published, loss, digests, state, self.public))
+
+
+def held(
+    name: str, memory: Memory, refresh: int, measure: Callable[[], Sequence[float]]
+) -> tuple[list[float], int, Memory]:
+    """Risks that a client keeps for `refresh` rounds.
+
+    Returns:
+        The risks of this round, how many rounds went before, and what to keep.
+    """
+    rounds, risks = f"{name}/rounds", f"{name}/risks"
+    earlier = int(memory.get(rounds, torch.zeros(())))
+    known = memory.get(risks)
+    if known is None or earlier % refresh == 0:
+        known = torch.tensor(measure(), dtype=torch.float64)
+    return known.tolist(), earlier, {rounds: torch.tensor(earlier + 1), risks: known}
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What risks depend on; equal by what it holds, whatever its precision on the way."""
+
+    published: bool
+    loss: Loss
+    digests: tuple[str, ...]
+    state: ModelState = field(compare=False)
+    public: Batch = field(compare=False)
+
+
+def _digest(values: Mapping[str, Tensor]) -> str:
+    """Of names and numbers, as float32."""
+    seen = hashlib.blake2b()
+    for name, value in values.items():
+        seen.update(name.encode())
+        seen.update(value.detach().float().cpu().numpy().tobytes())
+    return seen.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _risks(case: _Case) -> tuple[float, ...]:
+    state = case.state.to(torch.float32)
+    like = next(iter(state.params.values()))
+    public = Batch(case.public.inputs.to(like), case.public.labels.to(like.device))
+    if case.published:
+        found = all_ones_risk(state, public, loss=case.loss, batch_norm="eval")
+    else:
+        found = frobenius_risk(state, public, loss=case.loss, batch_norm="eval", probes=_PROBES)
+    return tuple(float(f"{risk:.3g}") for risk in found.values())  # alike on every machine
