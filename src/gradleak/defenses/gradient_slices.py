@@ -86,7 +86,8 @@ class GradientSlices(OnPublicRisk):
         link="https://github.com/wangjunxiao/GradDefense",
         promises="a random pattern of noise that cannot be muted, at little cost in accuracy",
         broken_by="the slices that fit best: those without noise determine the input",
-        cost="accuracy by the noise; an evaluation of risk every `refresh` rounds",
+        cost="accuracy by the noise, and nearly all of it by the corrected filter at the server "
+        "(compensate=false leaves it out); an evaluation of risk every `refresh` rounds",
     )
 
     def __post_init__(self) -> None:
