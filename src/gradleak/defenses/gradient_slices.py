@@ -385,8 +385,8 @@ def _flat(values: Mapping[str, Tensor]) -> Tensor:
 
 
 def _shaped(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parts = torch.split(flat, [v.numel() for v in like.values()])
-    return {k: p.reshape(v.shape) for (k, v), p in zip(like.items(), parts, strict=True)}
+    parts = flat.split_with_sizes([v.numel() for v in like.values()])
+    return {k: p.view(v.shape) for (k, v), p in zip(like.items(), parts, strict=True)}
 
 
 def _mean_squares(gap: Tensor, slices: Sequence[Tensor]) -> Tensor:

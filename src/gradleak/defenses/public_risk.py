@@ -64,12 +64,11 @@ def held(
     Returns:
         The risks of this round, how many rounds went before, and what to keep.
     """
-    rounds, risks = f"{name}/rounds", f"{name}/risks"
-    earlier = int(memory.get(rounds, torch.zeros(())))
-    known = memory.get(risks)
-    if known is None or earlier % refresh == 0:
-        known = torch.tensor(measure(), dtype=torch.float64)
-    return known.tolist(), earlier, {rounds: torch.tensor(earlier + 1), risks: known}
+    earlier, *known = memory[name].tolist() if name in memory else [0.0]
+    if earlier % refresh == 0:
+        known = list(measure())
+    kept = torch.tensor([earlier + 1, *known], dtype=torch.float64)
+    return known, int(earlier), {name: kept}
 
 
 @dataclass(frozen=True)
