@@ -55,6 +55,11 @@ def test_leakage_accuracy_and_time_stand_beside_the_papers(tiny: None, tmp_path:
     assert "blind mask" in made.page.read_text()
 
 
+def test_no_cell_is_planned_twice(tiny: None) -> None:
+    keys = [cell.key for cell in GradientSlices().plan(Request())]
+    assert len(set(keys)) == len(keys)
+
+
 def test_equal_cells_train_and_attack_alike(tiny: None) -> None:
     table = GradientSlices()
     cells = [c for c in table.plan(Request()) if c.content["part"] != "time"]

@@ -239,8 +239,8 @@ class GradientSlices(Reproduction):
         "images as they are (published code: enlarged to 32×32, three channels)",
         "CIFAR-10 trains on the 10000 images at hand, which were JPEG, and attacks lossless ones",
         "DLG takes 300 steps of L-BFGS in float64 with 4 restarts, IG 1000 of 4800 signed steps",
-        "Soteria trains for a fifth of the rounds with a sixteenth of the examples, beside a control that "
-        "does too: its clients take hundreds of times as long",
+        "Soteria trains for a fifth of the rounds with a sixteenth of the examples, beside a "
+        "control that does too: its clients take hundreds of times as long",
         "one gradient per round (FedSGD); rounds, rate and number of clients of the published "
         "tables are unknown",
     )
@@ -315,11 +315,12 @@ def _training(protection: str, rounds: int) -> dict[str, int]:
 
 def _trainings(rounds: int) -> list[dict[str, Any]]:
     """What is trained, each beside its control."""
-    found: list[dict[str, Any]] = []
-    for name, spec in PROTECTIONS.items():
-        how = _training(name, rounds)
-        found += [c for d in ("none", spec) if (c := {"defense": d, **how}) not in found]
-    return found
+    wanted = [
+        {"defense": defense, **_training(name, rounds)}
+        for name, spec in PROTECTIONS.items()
+        for defense in ("none", spec)
+    ]
+    return [each for i, each in enumerate(wanted) if each not in wanted[:i]]
 
 
 _Found = list[tuple[Mapping[str, Any], Mapping[str, Any]]]
