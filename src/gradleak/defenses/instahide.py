@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gradleak.defenses.encoded import Encoded, mixture, soft_labels
 from gradleak.defenses.sheet import Sheet
+from gradleak.defenses.wrapped import OnPublic
 from gradleak.errors import InvalidInput
 from gradleak.seeding import normal
 from gradleak.types import Batch, Mechanism, ModelState, Update
@@ -20,7 +20,7 @@ MIDDLE = 0.5
 
 
 @dataclass(frozen=True)
-class InstaHide:
+class InstaHide(OnPublic):
     """x' = ½ + σ ⊙ (Σ_j λ_j x_j − ½), σ uniform in {−1, 1}^d, λ = |N(0, 1)|^k, normalised.
 
     Of the k images `private` are of the batch, the image itself first, the others public; λ is
@@ -44,7 +44,6 @@ class InstaHide:
     private: int = 2
     most: float = 0.65
     least: float = 0.3
-    public: Batch | None = field(default=None, init=False, repr=False, compare=False)
 
     id: ClassVar[str] = "instahide"
     title: ClassVar[str] = "InstaHide"
@@ -71,12 +70,6 @@ class InstaHide:
 
     def __call__(self, mechanism: Mechanism) -> Mechanism:
         return Encoded(mechanism, self)
-
-    def informed(self, public: Batch) -> Self:
-        """The same protection, with public images to blend in."""
-        told = copy.copy(self)
-        object.__setattr__(told, "public", public)
-        return told
 
     def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
         """It claims nothing of the update's statistics."""

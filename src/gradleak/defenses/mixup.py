@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.nn.functional import one_hot
 
 from gradleak.defenses.encoded import Encoded, mixture, soft_labels
 from gradleak.defenses.sheet import Sheet
+from gradleak.defenses.wrapped import OnPublic
 from gradleak.errors import InvalidInput
 from gradleak.types import Batch, Mechanism, ModelState, Update
 
 
 @dataclass(frozen=True)
-class MixUp:
+class MixUp(OnPublic):
     """x'_i = Σ_j λ_ij x_π_j(i), y' alike, λ_i ~ Dirichlet(first, 1, …, 1), π_0(i) = i.
 
     Partners are other examples of the batch; where it has too few, public ones fill up. Without
@@ -35,7 +35,6 @@ class MixUp:
 
     images: int = 4
     first: float = 3.0
-    public: Batch | None = field(default=None, init=False, repr=False, compare=False)
 
     id: ClassVar[str] = "mixup"
     title: ClassVar[str] = "MixUp"
@@ -58,12 +57,6 @@ class MixUp:
 
     def __call__(self, mechanism: Mechanism) -> Mechanism:
         return Encoded(mechanism, self) if self.images > 1 else mechanism
-
-    def informed(self, public: Batch) -> Self:
-        """The same protection, with public examples to fill up small batches."""
-        told = copy.copy(self)
-        object.__setattr__(told, "public", public)
-        return told
 
     def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:
         """It claims nothing of the update's statistics."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradleak.defenses.risk import all_ones_risk, frobenius_risk
-from gradleak.defenses.wrapped import Memory
+from gradleak.defenses.wrapped import Memory, OnPublic
 from gradleak.mechanisms import FedSGD
 from gradleak.mechanisms.client import Loss
 from gradleak.types import Batch, Mechanism, ModelState
@@ -23,10 +22,9 @@ _PROBES = 1
 
 
 @dataclass(frozen=True)
-class OnPublicRisk:
+class OnPublicRisk(OnPublic):
     """What such a protection was told: the first five public examples of every class."""
 
-    public: Batch | None = field(default=None, init=False, repr=False, compare=False)
     digest: str = field(default="", init=False, repr=False)
 
     def informed(self, public: Batch) -> Self:
@@ -34,9 +32,8 @@ class OnPublicRisk:
         labels = public.classes
         first = [torch.nonzero(labels == c).flatten()[:_PER_CLASS] for c in set(labels.tolist())]
         index = torch.cat(first).sort().values
-        told = copy.copy(self)
         root = Batch(public.inputs[index].detach(), labels[index])
-        object.__setattr__(told, "public", root)
+        told = super().informed(root)
         object.__setattr__(told, "digest", _digest({"inputs": root.inputs, "labels": root.labels}))
         return told
 

@@ -395,6 +395,26 @@ class Informed(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class OnPublic:
+    """A protection that keeps the public examples that it is told of."""
+
+    public: Batch | None = field(default=None, init=False, repr=False, compare=False)
+
+    def informed(self, public: Batch) -> Self:
+        """The same protection, with public examples."""
+        told = copy.copy(self)
+        object.__setattr__(told, "public", public)
+        return told
+
+
+def asks_for_public(mechanism: Mechanism) -> bool:
+    """Whether any layer asks for public examples."""
+    if not isinstance(mechanism, Wrapped):
+        return False
+    return isinstance(mechanism.rule, Informed) or asks_for_public(mechanism.inner)
+
+
 def informed(mechanism: Mechanism, public: Batch) -> Mechanism:
     """Tell every layer that asks for them some public examples."""
     if not isinstance(mechanism, Wrapped):
