@@ -13,14 +13,14 @@ from torch.func import functional_call
 
 from gradleak import data, defenses, models, registry
 from gradleak.data import Dataset
-from gradleak.defenses import advanced, informed, undefended
+from gradleak.defenses import advanced, undefended
 from gradleak.errors import InvalidInput, NotApplicable
 from gradleak.federate.settings import MECHANISMS, TrainSettings
 from gradleak.federate.topology import Edges, Star
 from gradleak.mechanisms import FedAvg, FedSGD
 from gradleak.mechanisms.client import template
 from gradleak.run.jobs import derive
-from gradleak.run.replies import PUBLIC
+from gradleak.run.replies import told
 from gradleak.seeding import child
 from gradleak.types import Batch, Mechanism, ModelState
 
@@ -120,7 +120,7 @@ def federation(settings: TrainSettings) -> Federation:
             dataset,
             tuple(halves.clients[part] for part in parts),
             halves.public,
-            informed(client, dataset.batch(halves.public[:PUBLIC])),
+            told(client, dataset, halves.public),
             ModelState.of(
                 models.build(settings.model, dataset.spec, seed=derive(settings.seed, "model"))
             ),

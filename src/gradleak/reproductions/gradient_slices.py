@@ -20,13 +20,13 @@ from gradleak.attacks.recipes.blind_mask import BlindMask
 from gradleak.attacks.recipes.dlg import DLG
 from gradleak.attacks.recipes.inverting_gradients import InvertingGradients
 from gradleak.data import Dataset
-from gradleak.defenses import Memory, advanced, compensated, informed
+from gradleak.defenses import Memory, advanced, compensated
 from gradleak.errors import InvalidInput
 from gradleak.mechanisms import FedSGD
 from gradleak.reproductions.reproduction import Cell, Estimate, Reproduction, Request, Row
 from gradleak.reproductions.sources import available, current, divide, substituted
 from gradleak.run.jobs import derive
-from gradleak.run.replies import PUBLIC
+from gradleak.run.replies import told
 from gradleak.scenario import Scenario, simulate
 from gradleak.threat import ThreatModel, Truth
 from gradleak.types import Attack, Batch, Fact, Mechanism, ModelState, Observation, Update
@@ -554,8 +554,8 @@ def _initial(cell: Mapping[str, Any], dataset: Dataset) -> ModelState:
 
 
 def _client(cell: Mapping[str, Any], dataset: Dataset) -> Mechanism:
-    public = divide(dataset, cell["seed"]).public[:PUBLIC]
-    return informed(defenses.build(cell["defense"])(FedSGD()), dataset.batch(public))
+    client = defenses.build(cell["defense"])(FedSGD())
+    return told(client, dataset, divide(dataset, cell["seed"]).public)
 
 
 def timed(

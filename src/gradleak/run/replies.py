@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gradleak.data import Dataset, Split
-from gradleak.defenses import informed, undefended
+from gradleak.defenses import asks_for_public, informed, undefended
 from gradleak.errors import CorruptFile, InvalidInput
 from gradleak.observation import observe
 from gradleak.run.jobs import JobSpec, mechanism_of
@@ -120,7 +120,12 @@ def client_told(job: JobSpec, truths: Dataset | None) -> Mechanism:
     client = mechanism_of(job)
     if truths is None:
         return client
-    return informed(client, truths.batch(pool_split(job, truths).public[:PUBLIC]))
+    return told(client, truths, pool_split(job, truths).public)
+
+
+def told(client: Mechanism, dataset: Dataset, public: Tensor) -> Mechanism:
+    """A client, told of the first public examples if any of its layers asks for them."""
+    return informed(client, dataset.batch(public[:PUBLIC])) if asks_for_public(client) else client
 
 
 def state_of(job: JobSpec, spec: DataSpec) -> ModelState:

@@ -20,7 +20,7 @@ from gradleak.attacks import build as build_attack
 from gradleak.attacks.parts.objective import Engine
 from gradleak.attacks.recipe import Recipe
 from gradleak.data import Dataset, Split
-from gradleak.defenses import informed, rebased
+from gradleak.defenses import rebased
 from gradleak.errors import GradleakError, InvalidInput, NotApplicable
 from gradleak.priors import Gaussians
 from gradleak.run.beliefs import believed
@@ -28,7 +28,16 @@ from gradleak.run.ceilings import ceiling
 from gradleak.run.jobs import JobSpec, adaptive, derive, mechanism_of
 from gradleak.run.predictions import floor, predictions
 from gradleak.run.preflight import merged, objective_warnings, preflight
-from gradleak.run.replies import POOL, PUBLIC, client_told, pool_split, read_pool, replies, state_of
+from gradleak.run.replies import (
+    POOL,
+    PUBLIC,
+    client_told,
+    pool_split,
+    read_pool,
+    replies,
+    state_of,
+    told,
+)
 from gradleak.run.states import broadcast
 from gradleak.run.store import TENSORS
 from gradleak.scenario import Scenario, simulate
@@ -159,7 +168,7 @@ def simulate_targets(job: JobSpec, dataset: Dataset, division: Split) -> list[_T
     if job.prior_file is not None:
         file = Path(job.directory) / job.prior_file
         prior = believed(file, str(job.prior_digest), job.device)
-    mechanism = informed(mechanism_of(job), dataset.batch(division.public[:PUBLIC]))
+    mechanism = told(mechanism_of(job), dataset, division.public)
     spare = [] if job.spare is None else [(job.spare, -1)]
     targets = []
     for target, client in [*zip(job.targets, job.clients), *spare]:
