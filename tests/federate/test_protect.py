@@ -20,8 +20,8 @@ from gradleak.defenses import DEFENSES, Sent, Soteria, build
 from gradleak.errors import InvalidInput
 from gradleak.federate import client_update, protect
 from gradleak.federate.grid import FIRST_NODE, InProcessGrid
+from gradleak.federate.records import arrays_of as written
 from gradleak.federate.secrecy import secret_generator
-from gradleak.federate.weights import written
 from gradleak.mechanisms import FedAvg, FedSGD
 from gradleak.types import Batch, ModelState, Update
 from tests.defenses.test_rounds import Late

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradleak.defenses import Sent, advanced, build, informed
 from gradleak.errors import GradleakError, InvalidInput, NotApplicable
 from gradleak.federate import weights
+from gradleak.federate.records import arrays_of, tensors_of
 from gradleak.federate.secrecy import secret_generator
 from gradleak.federate.weights import Weights
 from gradleak.types import Batch, Mechanism, ModelState, Update, UpdateKind
@@ -84,7 +85,7 @@ def protect(defense: str, *, kind: UpdateKind = "delta", public: Batch | None = 
             if reply.has_error():
                 return reply
             name, after = weights.read(reply.content, where="the client's reply")
-            reply.content[name] = weights.written(protected(before, after, context))
+            reply.content[name] = arrays_of(protected(before, after, context))
         except GradleakError as reason:
             words = f"protect({defense!r}): {reason}"
             _log.error(words)
@@ -140,14 +141,14 @@ def _round(
     """One round of a client that draws in secret and remembers in its context."""
     kept: dict[str, Tensor] = {}
     if context is not None and memory in context.state:
-        kept = dict(context.state[memory].to_torch_state_dict())
+        kept = tensors_of(context.state[memory])
     with torch.no_grad():
         update, keeps = advanced(client, state, batch, kept, generator=secret_generator())
     for name, value in update.values.items():
         if not bool(value.isfinite().all()):
             raise InvalidInput(f"protected {name!r} holds NaN or infinite values, it is not sent")
     if context is not None and keeps:
-        context.state[memory] = weights.written(keeps)
+        context.state[memory] = arrays_of(keeps)
     return update
 
 

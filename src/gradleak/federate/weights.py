@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping
-
-from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from torch import Tensor
 
 from gradleak.errors import InvalidInput
+from gradleak.federate.records import tensors_of
 
 Weights = dict[str, Tensor]
 
@@ -29,9 +27,4 @@ def read(content: RecordDict, *, where: str) -> tuple[str, Weights]:
     if len(records) != 1:
         raise InvalidInput(f"{where} holds {len(records)} ArrayRecords: expected one")
     ((name, record),) = records.items()
-    return name, dict(record.to_torch_state_dict())
-
-
-def written(weights: Mapping[str, Tensor]) -> ArrayRecord:
-    """Tensors as a record, in their order."""
-    return ArrayRecord(OrderedDict((k, v.detach().cpu()) for k, v in weights.items()))
+    return name, tensors_of(record)
