@@ -316,6 +316,39 @@ class Remembering(Protocol):
 
 
 @dataclass(frozen=True)
+class Counted(Wrapped):
+    """A random layer that treats later rounds otherwise: its clients count them."""
+
+    @property
+    def deterministic(self) -> bool:
+        return False
+
+    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
+        return self.advance(state, batch, {}, generator=generator)[0]
+
+    def advance(
+        self, state: ModelState, batch: Batch, memory: Memory, *, generator: torch.Generator
+    ) -> tuple[Update, Memory]:
+        """One round, and the number of rounds so far."""
+        clean = self.inner.sample(state, batch, generator=generator)
+        number = memory.get("round", torch.tensor(0))
+        sent = self.sent(clean, state, batch, earlier=int(number), generator=generator)
+        return sent, {"round": number + 1}
+
+    def sent(
+        self,
+        clean: Update,
+        state: ModelState,
+        batch: Batch,
+        *,
+        earlier: int,
+        generator: torch.Generator,
+    ) -> Update:
+        """What is made of the layer inside's update, `earlier` rounds after the first."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
 class _Carried(Wrapped):
     """What lies inside a layer, for one round: it notes the memory that the round leaves."""
 
