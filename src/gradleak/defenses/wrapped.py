@@ -167,6 +167,11 @@ class Wrapped(Likely):
     def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
         return self.inner.predict(received, state, batch)
 
+    def seen_through(self) -> Mechanism | None:
+        """A mechanism without this layer that predicts the same; None where there is none."""
+        own = type(self).__mro__[: type(self).__mro__.index(Wrapped)]
+        return None if any("predict" in vars(kind) for kind in own) else self.inner
+
     def spent(self, state: ModelState) -> frozenset[str]:
         return self.inner.spent(state)
 
