@@ -166,8 +166,8 @@ class CodedParty(Party):
         self._memory = decode(Memory, raw)
 
     @abstractmethod
-    def secret(self, seed: bytes) -> Residues:
-        """The vector that is shared."""
+    def secret(self) -> tuple[bytes, Residues]:
+        """The vector that is shared, after the seed to remember it by; empty for none."""
 
     def reply(self, step: int, request: Any) -> object:
         return self._published() if step == 0 else self._shared(request)
@@ -192,8 +192,8 @@ class CodedParty(Party):
             for v, key in public.items()
             if v != self.number
         }
-        seed = keys.fresh()
-        words = self._code.field.write(self._code.share(self.secret(seed)))
+        seed, vector = self.secret()
+        words = self._code.field.write(self._code.share(vector))
         shares = dict(zip(self.terms.clients, words, strict=True))
         sealed = {
             v: keys.seal(key, encode(Share(shares[v])), context=self._context(self.number, v))

@@ -35,8 +35,8 @@ class FastSecAggServer(CodedServer):
 class FastSecAggParty(CodedParty):
     id, steps = "fastsecagg", STEPS
 
-    def secret(self, seed: bytes) -> Residues:
-        return self._code.field.residues(self.terms.encoding.encode(self.vector()))
+    def secret(self) -> tuple[bytes, Residues]:
+        return b"", self._code.field.residues(self.terms.encoding.encode(self.vector()))
 
     def reply(self, step: int, request: Any) -> object:
         return self.added(self.opened(request)) if step == 2 else super().reply(step, request)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from gradleak.crypto import keys
 from gradleak.crypto.coded import KEYS, SHARES, CodedParty, CodedServer, Letters, Share
 from gradleak.crypto.encoding import centred
 from gradleak.crypto.field import M31, M61, Residues
@@ -72,14 +73,18 @@ class LightSecAggServer(CodedServer):
 class LightSecAggParty(CodedParty):
     id, steps = "lightsecagg", STEPS
 
-    def secret(self, seed: bytes) -> Residues:
+    def secret(self) -> tuple[bytes, Residues]:
+        seed = keys.fresh()
+        return seed, self._mask(seed)
+
+    def _mask(self, seed: bytes) -> Residues:
         return self._code.field.uniform(seed, self.terms.length)
 
     def reply(self, step: int, request: Any) -> object:
         if step == 2:
             shares, field = self.opened(request), self._code.field
             own = field.residues(self.terms.encoding.encode(self.vector()))
-            masked = field.add(own, self.secret(self._memory.seed))
+            masked = field.add(own, self._mask(self._memory.seed))
             self._memory = replace(self._memory, seed=b"", shares=shares)
             return Masked(field.write(masked))
         if step == 3:
