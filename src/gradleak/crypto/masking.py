@@ -2,7 +2,7 @@
 
     yᵤ = xᵤ + PRG(bᵤ) + Σ_{v ∈ N(u), v > u} PRG(s_uv) − Σ_{v ∈ N(u), v < u} PRG(s_uv)
 
-modulo 2³² or 2⁶⁴, with s_uv agreed by Diffie-Hellman from this round's keys. Every client shares its
+mod 2³² or 2⁶⁴, with s_uv agreed by Diffie-Hellman from this round's keys. Every client shares its
 seed bᵤ and its secret key among its neighbours and itself, so that t of them can take bᵤ off if u's
 vector has arrived, or u's pairwise masks if it has not; nobody ever gives both for one client.
 
