@@ -16,7 +16,7 @@ import numpy as np
 
 from gradleak.crypto.encoding import Encoding, FixedPoint, Reals
 from gradleak.crypto.rejection import Aborted, Reason, Rejected
-from gradleak.crypto.wire import decode, encode
+from gradleak.crypto.wire import decode, decode_head, pieces
 from gradleak.errors import InvalidInput
 
 HELPER = 2**31
@@ -94,21 +94,21 @@ class Total:
 
 @dataclass(frozen=True)
 class _Envelope:
-    """Around every message: what it belongs to, so that no other is taken for it."""
+    """Before every message: what it belongs to, so that no other is taken for it."""
 
     protocol: bytes
     session: bytes
     step: int
     sender: int
-    body: bytes
 
 
 def _wrap(protocol: str, terms: Terms, step: int, sender: int, message: object) -> bytes:
-    return encode(_Envelope(protocol.encode(), terms.session, step, sender, encode(message)))
+    envelope = _Envelope(protocol.encode(), terms.session, step, sender)
+    return b"".join((*pieces(envelope), *pieces(message)))
 
 
 def _open(raw: bytes, protocol: str, terms: Terms, step: int, sender: int, kind: type[Any]) -> Any:
-    found = decode(_Envelope, raw)
+    found, body = decode_head(_Envelope, raw)
     if found.protocol != protocol.encode():
         raise Rejected(Reason.OTHER_PROTOCOL, f"{found.protocol!r}: expected {protocol}")
     if found.session != terms.session:
@@ -117,7 +117,7 @@ def _open(raw: bytes, protocol: str, terms: Terms, step: int, sender: int, kind:
         raise Rejected(Reason.OTHER_STEP, f"step {found.step}: expected {step}")
     if found.sender != sender:
         raise Rejected(Reason.OTHER_SENDER, f"sender {found.sender}: expected {sender}")
-    return decode(kind, found.body)
+    return decode(kind, body)
 
 
 class Party(ABC):
@@ -127,14 +127,18 @@ class Party(ABC):
         terms: agreed.
         number: its own.
         vector: its private vector; None for a helping server.
+
+    Attributes:
+        signing: its Ed25519 secret, where the protocol signs; whoever holds it sets it.
     """
 
-    id: ClassVar[str]
-    steps: ClassVar[tuple[Step, ...]]
+    id: str
+    steps: tuple[Step, ...]
 
     def __init__(self, terms: Terms, number: int, vector: Vector | None) -> None:
         self.terms, self.number, self._vector = terms, number, vector
         self.step = 0
+        self.signing: bytes | None = None
 
     def answer(self, request: bytes) -> bytes:
         """The answer to the next step's request; a rejected request changes nothing.
@@ -188,8 +192,8 @@ class Server(ABC):
         answered: who answered, by step.
     """
 
-    id: ClassVar[str]
-    steps: ClassVar[tuple[Step, ...]]
+    id: str
+    steps: tuple[Step, ...]
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
@@ -203,10 +207,13 @@ class Server(ABC):
         if self.step == len(self.steps):
             return {}
         if self._asked is None:
-            self._asked = {
-                number: _wrap(self.id, self.terms, self.step, SERVER, message)
-                for number, message in self.ask(self.step).items()
+            asked = self.ask(self.step)
+            one_each = {id(message): message for message in asked.values()}  # many get the same
+            raw = {
+                key: _wrap(self.id, self.terms, self.step, SERVER, message)
+                for key, message in one_each.items()
             }
+            self._asked = {number: raw[id(message)] for number, message in asked.items()}
         return self._asked
 
     def receive(self, sender: int, reply: bytes) -> None:
