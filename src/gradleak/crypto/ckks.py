@@ -132,8 +132,8 @@ class Ckks(Homomorphic):
 
         c = Enc(Δ·q),   Dec(Σc) = Δ·Σq + e,   released: ⌊Dec(Σc)/Δ⌉ = Σq
 
-    What is encrypted are the integers q of the terms' encoding (clipped there), at the largest scale
-    Δ = 2^s that leaves the sum room in a 60-bit modulus. The noise of n fresh ciphertexts is checked
+    What is encrypted are the integers q of the terms' encoding (clipped there), at the largest
+    scale Δ = 2^s that leaves the sum room in a 60-bit modulus. The noise of n fresh ciphertexts is checked
     to be 14 standard deviations short of a quarter of a step, so the sum is exact.
 
     Decrypted CKKS values carry e, and who has them in full solves for the key from one ciphertext
@@ -181,8 +181,8 @@ class Ckks(Homomorphic):
         noise = 14 * DEVIATION * clients**0.5 / _scale(terms)
         if noise > 0.25:
             raise InvalidInput(
-                f"{clients} clients with entries up to {terms.encoding.bound}: noise of {noise:.2g} "
-                "steps, expected at most 0.25: fewer bits or fewer clients"
+                f"{clients} clients with entries up to {terms.encoding.bound}: noise of "
+                f"{noise:.2g} steps, expected at most 0.25: fewer bits or fewer clients"
             )
 
     def slots(self, terms: Terms) -> int:
