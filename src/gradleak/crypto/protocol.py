@@ -132,7 +132,7 @@ class Party(ABC):
         signing: its Ed25519 secret, where the protocol signs; whoever holds it sets it.
     """
 
-id: str
+    id: str
     steps: tuple[Step, ...]
     skipped: ClassVar[frozenset[int]] = frozenset()
     """Steps at which such a party is not asked."""
