@@ -22,7 +22,7 @@ from gradleak.crypto.keys import signing_key, verifying_key
 from gradleak.crypto.protocol import SESSION, Aggregation, Envelope, Terms, Total
 from gradleak.crypto.rehearsal import rehearse
 from gradleak.crypto.rejection import Aborted
-from gradleak.crypto.wire import decode
+from gradleak.crypto.wire import decode, decode_head
 from gradleak.errors import GradleakError
 
 ALPHA = 1e-9
@@ -131,7 +131,7 @@ class Rehearsed:
         hidden: dict[int, Unsigned] = {}
 
         def look(step: int, sender: int, raw: bytes) -> bytes:
-            for found in _contents(decode(kinds[step], decode(Envelope, raw).body)):
+            for found in _contents(decode(kinds[step], decode_head(Envelope, raw)[1])):
                 if found.nbytes > (hidden[sender].nbytes if sender in hidden else 0):
                     hidden[sender] = found
             return raw

@@ -14,7 +14,7 @@ from gradleak.crypto.conformance import Rehearsed
 from gradleak.crypto.encoding import Reals
 from gradleak.crypto.keys import fresh
 from gradleak.crypto.protocol import HELPER, SESSION, Envelope
-from gradleak.crypto.wire import decode, encode
+from gradleak.crypto.wire import decode, decode_head, encode
 
 
 class Round:
@@ -76,7 +76,7 @@ class Round:
 
 def opened(raw: bytes, kind: type[Any]) -> Any:
     """The message in an envelope."""
-    return decode(kind, decode(Envelope, raw).body)
+    return decode(kind, body_of(raw))
 
 
 def bent(raw: bytes, kind: type[Any], **changes: Any) -> bytes:
@@ -89,9 +89,15 @@ def bent(raw: bytes, kind: type[Any], **changes: Any) -> bytes:
     return readdressed(raw, body=encode(dataclasses.replace(message, **new)))
 
 
-def readdressed(raw: bytes, **changes: Any) -> bytes:
-    """The message in another envelope."""
-    return encode(dataclasses.replace(decode(Envelope, raw), **changes))
+def body_of(raw: bytes) -> bytes:
+    """What follows the envelope's fields."""
+    return bytes(decode_head(Envelope, raw)[1])
+
+
+def readdressed(raw: bytes, body: bytes | None = None, **changes: Any) -> bytes:
+    """The message, or another, behind other fields."""
+    head, old = decode_head(Envelope, raw)
+    return encode(dataclasses.replace(head, **changes)) + (bytes(old) if body is None else body)
 
 
 def refused(reason: Reason | None, call: Callable[..., object], *arguments: object) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gradleak.crypto import Rejected
 from gradleak.crypto.protocol import HELPER, Envelope
 from gradleak.crypto.wire import decode, encode
-from tests.crypto.conformance.drive import Round, readdressed
+from tests.crypto.conformance.drive import Round, body_of, readdressed
 from tests.crypto.conformance.subjects import SUBJECTS
 
 KINDS = sorted(
@@ -71,7 +71,7 @@ def test_a_round_survives_mutated_messages(name: str, data: st.DataObject) -> No
                 continue
             kept = encode(party.kept())
             for _ in range(2):
-                body = data.draw(mutations())(decode(Envelope, request).body)
+                body = data.draw(mutations())(body_of(request))
                 for raw in (data.draw(mutations())(request), readdressed(request, body=body)):
                     if raw == request:
                         continue
@@ -82,7 +82,7 @@ def test_a_round_survives_mutated_messages(name: str, data: st.DataObject) -> No
                     else:
                         return
             answer = party.answer(request)
-            body = data.draw(mutations())(decode(Envelope, answer).body)
+            body = data.draw(mutations())(body_of(answer))
             for raw in (data.draw(mutations())(answer), readdressed(answer, body=body)):
                 if raw == answer:
                     continue

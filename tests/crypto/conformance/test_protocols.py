@@ -9,9 +9,9 @@ import pytest
 
 from gradleak.crypto import Reason, aggregations
 from gradleak.crypto.conformance import LAWS
-from gradleak.crypto.protocol import HELPER, SERVER, Envelope
-from gradleak.crypto.wire import decode, encode
-from tests.crypto.conformance.drive import Forgetful, Round, readdressed, refused
+from gradleak.crypto.protocol import HELPER, SERVER
+from gradleak.crypto.wire import encode
+from tests.crypto.conformance.drive import Forgetful, Round, body_of, readdressed, refused
 from tests.crypto.conformance.subjects import SUBJECTS
 
 
@@ -56,13 +56,9 @@ WRONG = {
     "other-step": (lambda raw: readdressed(raw, step=9), Reason.OTHER_STEP),
     "largest-step": (lambda raw: readdressed(raw, step=2**64 - 1), Reason.OTHER_STEP),
     "other-sender": (lambda raw: readdressed(raw, sender=2), Reason.OTHER_SENDER),
-    "trailing-inside": (lambda raw: readdressed(raw, body=_body(raw) + b"\0"), None),
+    "trailing-inside": (lambda raw: readdressed(raw, body=body_of(raw) + b"\0"), None),
     "nothing-inside": (lambda raw: readdressed(raw, body=b""), None),
 }
-
-
-def _body(raw: bytes) -> bytes:
-    return decode(Envelope, raw).body
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -77,11 +73,11 @@ def test_at_every_step_a_wrong_message_is_refused_by_name_and_changes_nothing(
             if number not in (0, HELPER):
                 continue
             party, kept = round_.parties[number], encode(round_.parties[number].kept())
-            if case != "nothing-inside" or _body(request):
+            if case != "nothing-inside" or body_of(request):
                 refused(reason, party.answer, change(request))
             assert encode(party.kept()) == kept
             reply = party.answer(request)
-            if case != "nothing-inside" or _body(reply):
+            if case != "nothing-inside" or body_of(reply):
                 refused(reason, round_.server.receive, number, change(reply))
             assert number not in round_.server.answered[step]
             round_.server.receive(number, reply)
