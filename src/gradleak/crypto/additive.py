@@ -107,7 +107,7 @@ STEPS = (
 
 
 def _digest(share: Words) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(share, dtype="<u8")).digest()
+    return hashlib.sha256(memoryview(np.ascontiguousarray(share, dtype="<u8"))).digest()
 
 
 def _same(found: Any, expected: Any) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
 
-from gradleak.crypto.encoding import Integers
+from gradleak.crypto.encoding import Integers, Reals
 from gradleak.crypto.homomorphic import (
     Adder,
     Cipher,
@@ -40,7 +41,8 @@ def _scale(terms: Terms) -> float:
     return 2.0 ** (MODULI[0] - 3 - most.bit_length())
 
 
-def _context(terms: Terms) -> Any:
+def _context(scale: float) -> Any:
+    """With a fresh secret key."""
     import tenseal
 
     context = tenseal.context(
@@ -50,7 +52,7 @@ def _context(terms: Terms) -> Any:
         n_threads=1,
         encryption_type=tenseal.ENCRYPTION_TYPE.SYMMETRIC,
     )
-    context.global_scale = _scale(terms)
+    context.global_scale = scale
     return context
 
 
@@ -62,6 +64,12 @@ def _bytes(context: Any, *, secret: bool) -> bytes:
         save_relin_keys=False,
     )
     return raw
+
+
+@cache
+def _parameters(scale: float) -> bytes:
+    """A context without any key."""
+    return _bytes(_context(scale), secret=False)
 
 
 class _Adder:
@@ -109,8 +117,8 @@ class _Cipher:
         return raw
 
     def decrypt(self, ciphertext: bytes, entries: int, clients: int) -> Integers:
-        found = np.array(self._adder.take(ciphertext).decrypt())
-        whole = np.rint(found)
+        found: Reals = np.array(self._adder.take(ciphertext).decrypt())
+        whole: Reals = np.rint(found)
         most = clients * self._terms.encoding.bound
         near = (np.abs(found - whole) <= 0.25).all() and (np.abs(whole) <= most).all()
         if not near or whole[entries:].any():
@@ -133,8 +141,8 @@ class Ckks(Homomorphic):
         c = Enc(Δ·q),   Dec(Σc) = Δ·Σq + e,   released: ⌊Dec(Σc)/Δ⌉ = Σq
 
     What is encrypted are the integers q of the terms' encoding (clipped there), at the largest
-    scale Δ = 2^s that leaves the sum room in a 60-bit modulus. The noise of n fresh ciphertexts is checked
-    to be 14 standard deviations short of a quarter of a step, so the sum is exact.
+    scale Δ = 2^s that leaves the sum room in a 60-bit modulus. A quarter of a step is checked to
+    be 14 standard deviations of the noise of n fresh ciphertexts, so the sum is exact.
 
     Decrypted CKKS values carry e, and who has them in full solves for the key from one ciphertext
     (Li and Micciancio, EUROCRYPT 2021). Nobody here gets them: what clients release is rounded to
@@ -191,7 +199,7 @@ class Ckks(Homomorphic):
 
     def make(self, terms: Terms) -> tuple[bytes, bytes]:
         """A context with its secret key; there is no public part."""
-        return _bytes(_context(terms), secret=True), b""
+        return _bytes(_context(_scale(terms)), secret=True), b""
 
     def cipher(self, terms: Terms, secret: bytes) -> Cipher:
         """Of a context with a secret key."""
@@ -204,7 +212,7 @@ class Ckks(Homomorphic):
             public = _bytes(context, secret=False)
         except (RuntimeError, ValueError) as error:
             raise Rejected(Reason.INVALID_KEY, f"no CKKS context: {error}") from error
-        if not context.has_secret_key() or public != _bytes(_context(terms), secret=False):
+        if not context.has_secret_key() or public != _parameters(_scale(terms)):
             raise Rejected(Reason.INVALID_KEY, "a context without secret key or of other terms")
         return _Cipher(context, terms)
 
@@ -214,8 +222,8 @@ class Ckks(Homomorphic):
 
         if public:
             raise Rejected(Reason.INVALID_KEY, f"{len(public)} bytes: expected none")
-        bare = tenseal.context_from(_bytes(_context(terms), secret=False))
-        return _Adder(bare, _scale(terms))
+        scale = _scale(terms)
+        return _Adder(tenseal.context_from(_parameters(scale)), scale)
 
     def server(self, terms: Terms) -> Server:
         """Adds."""
