@@ -9,14 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gradleak.crypto.encoding import Integers, Reals
-from gradleak.crypto.homomorphic import (
-    Adder,
-    Cipher,
-    Homomorphic,
-    HomomorphicParty,
-    HomomorphicServer,
-)
-from gradleak.crypto.protocol import Party, Server, Terms, Vector
+from gradleak.crypto.homomorphic import Adder, Cipher, Homomorphic
+from gradleak.crypto.protocol import Terms
 from gradleak.crypto.rejection import Reason, Rejected
 from gradleak.crypto.sheet import Sheet
 from gradleak.errors import InvalidInput
@@ -126,14 +120,6 @@ class _Cipher:
         return whole[:entries].astype(np.int64)
 
 
-class CkksServer(HomomorphicServer):
-    id = "ckks"
-
-
-class CkksParty(HomomorphicParty):
-    id = "ckks"
-
-
 @dataclass(frozen=True)
 class Ckks(Homomorphic):
     """Aggregation under a CKKS key of the round, shared by its clients.
@@ -165,7 +151,8 @@ class Ckks(Homomorphic):
         link="https://eprint.iacr.org/2016/421",
         trusts=(
             "No client hands the key to the server: one that does opens every upload. The server "
-            "passes on public keys unchanged and has one sum opened, of all who uploaded."
+            "has one sum opened, of all who uploaded, and where nobody signs passes on public "
+            "keys unchanged."
         ),
         survives=(
             "Any clients before their upload; all but one of `spares` at making the key and at "
@@ -224,11 +211,3 @@ class Ckks(Homomorphic):
             raise Rejected(Reason.INVALID_KEY, f"{len(public)} bytes: expected none")
         scale = _scale(terms)
         return _Adder(tenseal.context_from(_parameters(scale)), scale)
-
-    def server(self, terms: Terms) -> Server:
-        """Adds."""
-        return CkksServer(terms, self)
-
-    def party(self, terms: Terms, number: int, vector: Vector | None = None) -> Party:
-        """A client."""
-        return CkksParty(terms, number, vector, self)
