@@ -130,7 +130,7 @@ class Ckks(Homomorphic):
     scale Δ = 2^s that leaves the sum room in a 60-bit modulus. A quarter of a step is checked to
     be 14 standard deviations of the noise of n fresh ciphertexts, so the sum is exact.
 
-    Decrypted CKKS values carry e, and who has them in full solves for the key from one ciphertext
+    Decrypted CKKS values carry e, and who has them in full solves for the key from two ciphertexts
     (Li and Micciancio, EUROCRYPT 2021). Nobody here gets them: what clients release is rounded to
     integers, a function of the plaintexts alone, so that no noise need be added to hide e.
 
