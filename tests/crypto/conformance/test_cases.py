@@ -197,8 +197,41 @@ CIPHERS = [
         "", 3, "an impossible sum", {"values": lambda v: v + np.uint64(2**40)}, R.OUT_OF_RANGE, -1
     ),
 ]
+CODED = [
+    Case("", 0, "short key", {"public": b"k"}, R.INVALID_KEY, -1),
+    Case("", 0, "small order", {"public": SMALL_ORDER}, R.INVALID_KEY, -1),
+    Case("", 1, "own key missing", {"public": without(0)}, R.WRONG_PEERS),
+    Case("", 1, "own key changed", {"public": but(0, KEY)}, R.INVALID_KEY),
+    Case("", 1, "a stranger's key", {"public": but(99, KEY)}, R.WRONG_PEERS),
+    Case("", 1, "two with one key", {"public": lambda d: {**d, 1: d[2]}}, R.REUSED_KEY),
+    Case("", 1, "small order", {"public": but(1, SMALL_ORDER)}, R.INVALID_KEY),
+    Case("", 1, "too few keys", {"public": without(1, 2)}, R.TOO_FEW_PEERS),
+    Case("", 1, "a letter missing", {"sealed": without(1)}, R.WRONG_PEERS, -1),
+    Case("", 1, "a letter to a stranger", {"sealed": but(99, b"")}, R.WRONG_PEERS, -1),
+    Case("", 1, "letter cut", {"sealed": but(1, lambda s: s[1:])}, R.WRONG_LENGTH, -1),
+    Case("", 2, "letter changed", {"sealed": but(1, flipped)}, R.NOT_AUTHENTIC),
+    Case("", 2, "letters swapped", {"sealed": swapped(1, 2)}, R.NOT_AUTHENTIC),
+    Case("", 2, "letter emptied", {"sealed": but(1, b"")}, R.NOT_AUTHENTIC),
+    Case("", 2, "a stranger's letter", {"sealed": but(99, b"")}, R.WRONG_PEERS),
+    Case("", 2, "too few letters", {"sealed": without(1, 2)}, R.TOO_FEW_PEERS),
+    Case("", 2, "short words", {"values": lambda v: v[1:]}, R.WRONG_LENGTH, -1),
+    Case("", 2, "no residues", {"values": lambda v: v | np.uint32(2**32 - 1)}, R.OUT_OF_RANGE, -1),
+]
+SURVIVORS = [
+    Case("lightsecagg", 3, about, {"clients": clients}, reason)
+    for about, clients, reason in (
+        ("survivors without it", (1, 2, 3, 4), R.INCONSISTENT_SURVIVORS),
+        ("a survivor twice", (0, 0, 1, 2, 3), R.INCONSISTENT_SURVIVORS),
+        ("survivors unordered", (3, 2, 1, 0), R.INCONSISTENT_SURVIVORS),
+        ("a stranger survives", (0, 1, 2, 99), R.INCONSISTENT_SURVIVORS),
+        ("too few survivors", (0, 1, 2), R.TOO_FEW_PEERS),
+        ("one repeated to be enough", (0, 0, 0, 0), R.INCONSISTENT_SURVIVORS),
+    )
+]
 CASES = [
     *(replace(case, subject="secagg") for case in MASKED),
+    *(replace(case, subject=name) for name in ("lightsecagg", "fastsecagg") for case in CODED),
+    *SURVIVORS,
     *SIGNED,
     *SERVERS,
     *(replace(case, subject=name) for name in ("paillier", "ckks") for case in CIPHERS),

@@ -16,10 +16,14 @@ import numpy as np
 import pytest
 
 from gradleak.crypto import Reason, homomorphic, keys
+from gradleak.crypto import lightsecagg as light
 from gradleak.crypto.additive import AdditiveMpc, Summed, Upload
+from gradleak.crypto.coded import Share
 from gradleak.crypto.conformance import LAWS, Broken, Rehearsed, learnt, whole_seed
+from gradleak.crypto.fastsecagg import FastSecAgg
 from gradleak.crypto.field import M61
 from gradleak.crypto.homomorphic import Holder
+from gradleak.crypto.lightsecagg import LightSecAgg
 from gradleak.crypto.masking import (
     Masked,
     MaskingParty,
@@ -39,20 +43,22 @@ from tests.crypto.conformance.drive import Round, bent, opened, readdressed, ref
 from tests.crypto.conformance.subjects import SUBJECTS
 
 LENGTH = 1
+SENDING = ("masked-input", "upload")
+"""Names of steps in which masked vectors are sent."""
 View = Callable[[Round, set[int]], list[Any]]
 """Words that the server and some parties hold after a round: the same columns in every round."""
 
 
 @cache
-def rounds(subject: Rehearsed, gone: tuple[int, ...], count: int) -> list[Round]:
+def rounds(subject: Rehearsed, gone: tuple[int, ...], count: int, length: int) -> list[Round]:
     """Rounds in which some send no vector; one ring in all."""
     rng, found = np.random.default_rng(0), []
     for _ in range(count):
-        sent = {c: rng.integers(-(2**22), 2**22, LENGTH) for c in range(subject.clients)}
+        sent = {c: rng.integers(-(2**22), 2**22, length) for c in range(subject.clients)}
         vectors = {c: x * 2.0**-20 for c, x in sent.items()}
         found.append(Round(subject, vectors=vectors, session=b"one for all ring"))
         for step in found[-1].server.steps:
-            found[-1].play(silent=gone if step.name in ("masked-input", "share") else ())
+            found[-1].play(silent=gone if step.name in SENDING else ())
     return found
 
 
@@ -62,12 +68,13 @@ def leaks(
     inside: Iterable[int],
     gone: tuple[int, ...] = (),
     count: int = 60,
+    length: int = LENGTH,
 ) -> int:
     """Combinations learnt of what honest clients sent."""
     honest = [c for c in range(subject.clients) if c not in {*inside, *gone}]
     inputs: list[Any] = []
     views: list[Any] = []
-    for round_ in rounds(subject, gone, count):
+    for round_ in rounds(subject, gone, count, length):
         sent = np.concatenate([round_.vectors[c] for c in honest])
         inputs.append((sent * 2.0**20).astype(np.int64))
         views.append([int(word) for words in view(round_, set(inside)) for word in words])
@@ -122,6 +129,7 @@ def test_fewer_than_the_threshold_and_the_server_learn_the_sum_alone(inside: Any
     assert leaks(SMALL, masks_view, inside) == LENGTH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", coalitions(3, (0, 1)), ids=str)
 def test_a_client_that_is_lost_stays_hidden_and_the_sum_is_of_the_others(inside: Any) -> None:
     assert leaks(SMALL, masks_view, inside, gone=(3,)) == LENGTH
@@ -140,6 +148,7 @@ def test_the_same_in_a_ring_whose_honest_clients_are_connected(inside: Any) -> N
     assert leaks(RING, masks_view, inside, count=110) == LENGTH
 
 
+@pytest.mark.slow
 def test_as_many_as_the_threshold_and_the_server_learn_everything() -> None:
     """Of the one that is left nothing is hidden; of four honest, t colluders open each."""
     wider = Rehearsed(SecAgg(threshold=3), 5, survives=2, modulus=2**32)
@@ -155,6 +164,46 @@ def test_a_client_that_tells_both_shares_is_found(monkeypatch: pytest.MonkeyPatc
     rounds.cache_clear()
     assert leaks(SMALL, masks_view, (), count=70) == 4 * LENGTH
     rounds.cache_clear()
+
+
+def coded_view(round_: Round, inside: set[int]) -> list[Any]:
+    """Of LightSecAgg's or FastSecAgg's server and some clients: masked vectors, sums, shares."""
+    steps = round_.server.steps
+    words: list[Any] = [opened(raw, Share).values for raw in round_.sent[-1].values()]
+    if steps[2].reply is light.Masked:
+        words += [opened(raw, light.Masked).values for raw in round_.sent[2].values()]
+    for client in sorted(inside):
+        kept: Any = round_.parties[client].kept()
+        words += [round_.vectors[client] * 2**20]
+        words += [kept.shares[owner] for owner in sorted(kept.shares)]
+    return words
+
+
+CODES = [
+    Rehearsed(LightSecAgg(privacy=2, dropouts=1), 5, survives=1, modulus=2**31 - 1),
+    Rehearsed(FastSecAgg(privacy=2, dropouts=1), 5, survives=1, modulus=15 * 2**27 + 1),
+]
+
+
+@pytest.mark.parametrize("subject", CODES, ids=lambda s: s.aggregation.id)
+def test_as_many_as_a_code_allows_and_the_server_learn_the_sum_alone(subject: Rehearsed) -> None:
+    """Rank modulo p, all coalitions of at most T = 2 of n = 5: false with P < p⁻³⁰ each."""
+    for inside in coalitions(5, (0, 1, 2)):
+        assert leaks(subject, coded_view, inside, length=2) == 2
+
+
+@pytest.mark.parametrize("subject", CODES, ids=lambda s: s.aggregation.id)
+def test_beyond_what_a_code_allows_more_is_learnt(subject: Rehearsed) -> None:
+    """T + 1 = 3 clients have a combination of either honest one's two entries; U = 4 have all."""
+    for inside in coalitions(5, (3,)):
+        assert leaks(subject, coded_view, inside, length=2) == 3
+    for inside in coalitions(5, (4,)):
+        assert leaks(subject, coded_view, inside, length=2) == 2
+
+
+def test_a_client_lost_after_sharing_its_mask_stays_hidden() -> None:
+    for inside in coalitions(4, (0, 2)):
+        assert leaks(CODES[0], coded_view, inside, gone=(4,), length=2) == 2
 
 
 def servers_view(round_: Round, inside: set[int]) -> list[Any]:
@@ -193,11 +242,18 @@ def test_no_secret_crosses_the_server_in_the_clear(name: str) -> None:
     assert not in_the_clear(SUBJECTS[name])
 
 
-@pytest.mark.parametrize("name", ["secagg", "additive-mpc", "paillier", "ckks"])
+@pytest.mark.parametrize(
+    "name", ["secagg", "lightsecagg", "fastsecagg", "additive-mpc", "paillier", "ckks"]
+)
 def test_letters_that_are_not_sealed_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys, "seal", lambda key, letter, *, context: letter)
-    monkeypatch.setattr(keys, "unseal", lambda key, sealed, *, context: sealed)
+    monkeypatch.setattr(
+        keys, "seal", lambda key, letter, *, context: bytes(12) + letter + bytes(16)
+    )
+    monkeypatch.setattr(keys, "unseal", lambda key, sealed, *, context: sealed[12:-16])
     assert in_the_clear(SUBJECTS[name])
+
+
+PUBLIC = ("bundles", "helpers")
 
 
 def in_the_clear(subject: Rehearsed) -> list[str]:
@@ -209,9 +265,9 @@ def in_the_clear(subject: Rehearsed) -> list[str]:
         f"{number}: {name}"
         for number, party in round_.parties.items()
         for name, value in vars(party.kept()).items()
-        if name not in ("bundles", "helpers")  # public keys
+        if name not in PUBLIC
         for secret in (value.values() if isinstance(value, dict) else [value])
-        if isinstance(secret, bytes) and len(secret) >= 16 and secret[-16:] in seen
+        if len(raw := bytes(secret)) >= 8 and raw[-16:] in seen
     ]
 
 
