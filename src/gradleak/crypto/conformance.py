@@ -224,20 +224,20 @@ def unseeded(subject: Implementation) -> None:
 
     Their states are as before afterwards.
     """
-    python, legacy = random.getstate(), np.random.get_state()
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
     torch: Any = sys.modules.get("torch")
     before = torch.get_rng_state() if torch else None
     rounds = []
     try:
         for _ in range(2):
             random.seed(0)
-            np.random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
             if torch:
                 torch.manual_seed(0)
             rounds.append(_zeros(subject))
     finally:
         random.setstate(python)
-        np.random.set_state(legacy)
+        np.random.set_state(legacy)  # noqa: NPY002
         if torch:
             torch.set_rng_state(before)
     for client, words in rounds[0].items():
