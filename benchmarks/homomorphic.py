@@ -175,7 +175,7 @@ def stream(length: int, clients: int) -> dict[str, Any]:
 
 def table(lengths: list[int], clients: list[int], rounds: int) -> list[dict[str, Any]]:
     """Rounds of every protocol; medians over rounds that take turns."""
-    protocols = [AdditiveMpc(), AdditiveMpc(servers=3), Ckks(), Paillier()]
+    protocols: list[Aggregation] = [AdditiveMpc(), AdditiveMpc(servers=3), Ckks(), Paillier()]
     rows = []
     for length in lengths:
         for n in clients:

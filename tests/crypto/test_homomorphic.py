@@ -344,6 +344,7 @@ def test_the_server_never_holds_the_secret_key(scheme: Homomorphic) -> None:
         if kept.letter:
             assert not holds_secret(server, kept.letter)
         server.close()
+    assert isinstance(kept, Kept)
     server.planted = [kept.letter]  # type: ignore[attr-defined]
     assert holds_secret(server, kept.letter)
     server.planted = {0: Holder(scheme, terms, kept.letter)}  # type: ignore[attr-defined]
@@ -485,7 +486,7 @@ def key_found(opened: list[list[float]], ciphertexts: list[bytes]) -> bool:
     (a, b, x), (c, d, y), (e, f, z) = rows
     inverse = pow(a * d - b * c, -1, q)
     s, conjugate = (x * d - b * y) * inverse, (a * y - c * x) * inverse
-    return (e * s + f * conjugate - z) % q == 0
+    return bool((e * s + f * conjugate - z) % q == 0)
 
 
 def test_unrounded_sums_would_give_the_key_away_and_rounded_ones_do_not() -> None:
