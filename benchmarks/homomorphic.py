@@ -182,7 +182,7 @@ def table(lengths: list[int], clients: list[int], rounds: int) -> list[dict[str,
             runs: list[list[dict[str, Any]]] = [[] for _ in protocols]
             for _ in range(rounds):
                 for protocol, kept in zip(protocols, runs, strict=True):
-                    if protocol.id != "paillier" or length * n <= 10**6:
+                    if protocol.id != "paillier" or length * n <= 250_000:
                         kept.append(round_of(protocol, length, n, FixedPoint()))
             for protocol, kept in zip(protocols, runs, strict=True):
                 if not kept:
