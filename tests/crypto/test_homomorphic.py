@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from gradleak.crypto import Aborted, Aggregation, FixedPoint, Reason, Rejected, Terms, keys
+from gradleak.crypto import (
+    Aborted,
+    Aggregation,
+    FixedPoint,
+    Reason,
+    Rejected,
+    Terms,
+    homomorphic,
+    keys,
+    paillier,
+)
 from gradleak.crypto.ckks import (
     DEGREE,
     MODULI,
@@ -411,6 +421,14 @@ def test_guard_bits_are_as_many_as_the_sum_needs() -> None:
             cipher.decrypt(total, 6, clients - 1)
 
 
+def test_a_guard_bit_too_few_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    width = _width
+    monkeypatch.setattr(paillier, "_width", lambda terms: width(terms) - 1)
+    full = {n: np.full(30, 8.0) for n in range(4)}
+    with pytest.raises(Aborted, match="no client opened"):
+        rehearse(SMALL, full)
+
+
 def _modulus(cipher: Any) -> bytes:
     n: int = cipher._key.public_key.n
     return n.to_bytes(32, "little")
@@ -553,6 +571,16 @@ def test_streamed_sums_are_those_of_a_round(scheme: Homomorphic) -> None:
     for wrong in ([rest[0], *rest], [rest[0], first, *rest[1:]]):  # pieces repeated or swapped
         with pytest.raises(Rejected, match=Reason.INCONSISTENT_SURVIVORS):
             list(holder.decrypt_chunks((0, 1, 2), wrong))
+
+
+def test_pieces_without_tags_could_be_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(homomorphic, "TAGS", 0)
+    terms = Terms(bytes(16), (0, 1), 27)
+    holder = Holder(SMALL, terms, keys.fresh() + SMALL.make(terms)[0])
+    pieces = np.arange(27).reshape(-1, SMALL.room(terms))
+    chunks = list(holder.encrypt_chunks(0, iter(pieces)))
+    opened = np.concatenate(list(holder.decrypt_chunks((0,), reversed(chunks))))
+    assert np.array_equal(opened, pieces[::-1].ravel())
 
 
 @pytest.mark.slow
