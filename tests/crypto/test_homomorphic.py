@@ -21,7 +21,6 @@ from gradleak.crypto import (
     Reason,
     Rejected,
     Terms,
-    homomorphic,
     keys,
     paillier,
 )
@@ -574,10 +573,10 @@ def test_streamed_sums_are_those_of_a_round(scheme: Homomorphic) -> None:
 
 
 def test_pieces_without_tags_could_be_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(homomorphic, "TAGS", 0)
-    terms = Terms(bytes(16), (0, 1), 27)
+    monkeypatch.setattr(Holder, "_tags", lambda *_: np.zeros((5, TAGS), np.int64))
+    terms = Terms(bytes(16), (0, 1), 30)
     holder = Holder(SMALL, terms, keys.fresh() + SMALL.make(terms)[0])
-    pieces = np.arange(27).reshape(-1, SMALL.room(terms))
+    pieces = np.arange(30).reshape(-1, SMALL.room(terms))
     chunks = list(holder.encrypt_chunks(0, iter(pieces)))
     opened = np.concatenate(list(holder.decrypt_chunks((0,), reversed(chunks))))
     assert np.array_equal(opened, pieces[::-1].ravel())
