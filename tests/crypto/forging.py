@@ -7,18 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gradleak.crypto.protocol import Envelope
-from gradleak.crypto.wire import decode, encode
+from gradleak.crypto.wire import decode, decode_head, encode
 
 Change = Callable[[Any], Mapping[str, object]]
 
 
 def forged(raw: bytes, kind: type[Any], change: Change) -> bytes:
     """The same envelope around a message with other fields."""
-    envelope = decode(Envelope, raw)
-    message = decode(kind, envelope.body)
-    return encode(
-        dataclasses.replace(envelope, body=encode(dataclasses.replace(message, **change(message))))
-    )
+    envelope, body = decode_head(Envelope, raw)
+    message = decode(kind, body)
+    return encode(envelope) + encode(dataclasses.replace(message, **change(message)))
 
 
 def one(found: Mapping[int, bytes], value: Callable[[bytes], bytes]) -> dict[int, bytes]:

@@ -46,7 +46,7 @@ from gradleak.crypto.homomorphic import (
 from gradleak.crypto.paillier import Paillier, _Cipher, _width
 from gradleak.crypto.protocol import SESSION, Envelope
 from gradleak.crypto.rehearsal import Cost, rehearse, terms_for
-from gradleak.crypto.wire import decode, encode
+from gradleak.crypto.wire import decode, decode_head, encode
 from gradleak.errors import InvalidInput
 from tests.crypto.forging import Change, flipped, forged, one
 
@@ -262,7 +262,7 @@ def test_one_clients_upload_is_not_opened_as_the_sum(scheme: Homomorphic) -> Non
 
     def up(step: int, client: int, raw: bytes) -> bytes:
         if step == 2:
-            uploads[client] = decode(STEPS[2].reply, decode(Envelope, raw).body).ciphertexts
+            uploads[client] = decode(STEPS[2].reply, decode_head(Envelope, raw)[1]).ciphertexts
         return raw
 
     def down(step: int, client: int, raw: bytes) -> bytes:
