@@ -44,13 +44,13 @@ def discrete_gaussian(variance: float, count: int) -> Integers:
         count: how many.
     """
     _check(variance)
-    return _sample(_Gaussian(variance), variance**0.5, count)
+    return _sample(_Gaussian(variance), math.sqrt(variance), count)
 
 
 def poisson(rate: float, count: int) -> Integers:
     """P(k) = e^−λ λ^k / k!."""
     _check(rate)
-    return _sample(_Poisson(rate), rate**0.5, count)
+    return _sample(_Poisson(rate), math.sqrt(rate), count)
 
 
 def skellam(variance: float, count: int) -> Integers:
@@ -93,7 +93,7 @@ class _Gaussian:
     def exact(self, k: int) -> Any:
         from gmpy2 import mpfr
 
-        return -mpfr(k) ** 2 / (2 * mpfr(self.variance))
+        return -(mpfr(k) ** 2) / (2 * mpfr(self.variance))
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class _Poisson:
 
     @property
     def error(self) -> float:
-        return 2.0**-34 + 2.0**-44 * self.rate**0.5
+        return 2.0**-34 + 2.0**-44 * math.sqrt(self.rate)
 
     def log_ratio(self, k: Integers) -> Reals:
         x = (self.mode + k).astype(np.float64)

@@ -50,14 +50,14 @@ def _spans(length: int, m: int) -> list[slice]:
 def _signs(vector: Reals, seed: bytes) -> NDArray[np.float64]:
     m = block(len(vector))
     bits = np.frombuffer(stream(seed, 2 * ((m + 7) // 8)), np.uint8).reshape(2, -1)
-    return 1.0 - 2.0 * np.unpackbits(bits, axis=1)[:, :m]
+    return 1.0 - 2.0 * np.unpackbits(bits, axis=1)[:, :m].astype(np.float64)
 
 
 def _hadamard(vector: Reals) -> Reals:
     """H v / √m by m log m additions; rows in bit-reversed order, where H is its inverse too."""
     m = len(vector)
-    left = vector.reshape(1, m)
+    rows = vector.reshape(1, m)
     for _ in range(m.bit_length() - 1):
-        left = left.reshape(-1, 2, left.shape[-1] // 2)
-        left = np.concatenate([left[:, 0] + left[:, 1], left[:, 0] - left[:, 1]])
-    return left.reshape(m) / math.sqrt(m)
+        first, second = np.hsplit(rows, 2)
+        rows = np.concatenate([first + second, first - second])
+    return rows.reshape(m) / math.sqrt(m)

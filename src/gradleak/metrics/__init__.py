@@ -57,6 +57,7 @@ __all__ = [
     "clustered_rate",
     "dfil",
     "dfil_probed",
+    "distributed_epsilon",
     "dp_ceiling",
     "epsilon",
     "epsilon_curve",
