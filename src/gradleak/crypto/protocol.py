@@ -93,7 +93,7 @@ class Total:
 
 
 @dataclass(frozen=True)
-class _Envelope:
+class Envelope:
     """Around every message: what it belongs to, so that no other is taken for it."""
 
     protocol: bytes
@@ -104,11 +104,11 @@ class _Envelope:
 
 
 def _wrap(protocol: str, terms: Terms, step: int, sender: int, message: object) -> bytes:
-    return encode(_Envelope(protocol.encode(), terms.session, step, sender, encode(message)))
+    return encode(Envelope(protocol.encode(), terms.session, step, sender, encode(message)))
 
 
 def _open(raw: bytes, protocol: str, terms: Terms, step: int, sender: int, kind: type[Any]) -> Any:
-    found = decode(_Envelope, raw)
+    found = decode(Envelope, raw)
     if found.protocol != protocol.encode():
         raise Rejected(Reason.OTHER_PROTOCOL, f"{found.protocol!r}: expected {protocol}")
     if found.session != terms.session:
@@ -127,14 +127,25 @@ class Party(ABC):
         terms: agreed.
         number: its own.
         vector: its private vector; None for a helping server.
+
+    Attributes:
+        signing: its Ed25519 secret, where the protocol signs; whoever holds it sets it.
     """
 
-    id: ClassVar[str]
-    steps: ClassVar[tuple[Step, ...]]
+    id: str
+    steps: tuple[Step, ...]
+    skipped: ClassVar[frozenset[int]] = frozenset()
+    """Steps at which such a party is not asked."""
 
     def __init__(self, terms: Terms, number: int, vector: Vector | None) -> None:
         self.terms, self.number, self._vector = terms, number, vector
-        self.step = 0
+        self.step = self._from(0)
+        self.signing: bytes | None = None
+
+    def _from(self, step: int) -> int:
+        while step in self.skipped:
+            step += 1
+        return step
 
     def answer(self, request: bytes) -> bytes:
         """The answer to the next step's request; a rejected request changes nothing.
@@ -146,9 +157,9 @@ class Party(ABC):
             raise Rejected(Reason.REPEATED, "all steps are answered")
         step = self.steps[self.step]
         message = _open(request, self.id, self.terms, self.step, SERVER, step.request)
-        reply = self.reply(self.step, message)
-        self.step += 1
-        return _wrap(self.id, self.terms, self.step - 1, self.number, reply)
+        reply = _wrap(self.id, self.terms, self.step, self.number, self.reply(self.step, message))
+        self.step = self._from(self.step + 1)
+        return reply
 
     @abstractmethod
     def reply(self, step: int, request: Any) -> object:
@@ -188,8 +199,8 @@ class Server(ABC):
         answered: who answered, by step.
     """
 
-    id: ClassVar[str]
-    steps: ClassVar[tuple[Step, ...]]
+    id: str
+    steps: tuple[Step, ...]
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
@@ -203,10 +214,13 @@ class Server(ABC):
         if self.step == len(self.steps):
             return {}
         if self._asked is None:
-            self._asked = {
-                number: _wrap(self.id, self.terms, self.step, SERVER, message)
-                for number, message in self.ask(self.step).items()
+            asked = self.ask(self.step)
+            one_each = {id(message): message for message in asked.values()}  # many get the same
+            raw = {
+                key: _wrap(self.id, self.terms, self.step, SERVER, message)
+                for key, message in one_each.items()
             }
+            self._asked = {number: raw[id(message)] for number, message in asked.items()}
         return self._asked
 
     def receive(self, sender: int, reply: bytes) -> None:
