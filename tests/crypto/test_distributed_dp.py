@@ -194,3 +194,15 @@ def test_what_cannot_be_wrapped_is_refused() -> None:
     with pytest.raises(InvalidInput, match="tolerated=3"):
         DistributedDP(inner="plain", dropouts=0.9).check(terms)
     DistributedDP(inner="plain").check(terms)
+
+
+def test_every_protocol_carries_the_noise() -> None:
+    """All that the package has, unchanged: n = 800 coordinates, 5 standard errors; α = 6e-7."""
+    sent = vectors(5, 800)
+    inner = [name for name in gradleak.crypto.aggregations() if name != DistributedDP.id]
+    assert len(inner) > 1
+    for name in inner:
+        protocol = DistributedDP(inner=name, multiplier=0.5, bits=20)
+        total, _ = rehearse(protocol, sent)
+        error = total.values - sum(sent[n] for n in total.clients)
+        assert abs(np.mean(error**2) / 0.25 - 1) < 5 * math.sqrt(2 / 800), name
