@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import gmpy2
 import numpy as np
 import pytest
 from scipy import special, stats
@@ -97,6 +98,22 @@ def test_quick_decisions_are_the_exact_ones(law: _Gaussian | _Poisson) -> None:
     for words in (near, words64(fresh(), size)):
         exact = [_settled(law, int(k[i]), 0, top, int(words[i])) for i in range(size)]
         assert _below(law, k, v, top, words).tolist() == exact
+
+
+@pytest.mark.parametrize("size", [0.3, 40.0, 1023.9, 1024.5, 1e7, 2.0**49])
+@pytest.mark.parametrize("kind", [_Gaussian, _Poisson])
+def test_rounding_errors_are_within_what_is_allowed(
+    kind: type[_Gaussian] | type[_Poisson], size: float
+) -> None:
+    """A quarter of it, at 400 integers out to 12 deviations, against 256 bits."""
+    law = kind(size)
+    k = np.linspace(-12 * size**0.5, 12 * size**0.5, 400).astype(np.int64)
+    k = k[k + law.mode >= 0]
+    found = np.exp(law.log_ratio(k))
+    with gmpy2.context(precision=256):
+        exact = [gmpy2.exp(law.exact(int(i))) for i in k]
+        wrong = max(abs(f / e - 1) for f, e in zip(found.tolist(), exact, strict=True))
+    assert wrong < law.error / 4
 
 
 def test_doubt_is_settled_with_further_bits(monkeypatch: pytest.MonkeyPatch) -> None:

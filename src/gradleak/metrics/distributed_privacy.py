@@ -62,7 +62,7 @@ def distributed_epsilon(
         noise: its law.
         variance: of each client's share, on the grid.
         survivors: honest clients whose noise is in the sum, the protected one included; who drops
-            out or colludes is none.
+            out or colludes is none. Of several rounds, in the one with the fewest.
         norm2: largest squared norm of an integer vector before the noise.
         length: d.
         rounds: how many the client may take part in.
