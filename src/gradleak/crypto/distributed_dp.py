@@ -107,7 +107,7 @@ class DistributedNoise:
     @property
     def scale(self) -> float:
         """s, grid points per unit: the largest for which `total` is sure to be below 2^(bits−1)."""
-        room = 2 ** (self.bits - 1) - 1 - self.clients - 2 * self._tail / 3
+        room = (1 << (self.bits - 1)) - 1 - self.clients - 2 * self._tail / 3
         whole = self.clients * self._reach
         return room / (whole + math.sqrt(2 * self._tail * self.clients) * self._share)
 

@@ -32,6 +32,7 @@ import math
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import gammaln, logsumexp
 
 from gradleak.errors import InvalidInput
@@ -109,7 +110,7 @@ def renyi(
     survivors: int,
     norm2: int,
     length: int,
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+) -> NDArray[np.float64]:
     """Bounds on the Rényi divergences of one round, at `ORDERS`, without sampling."""
     orders = np.array(ORDERS, dtype=np.float64)
     total = survivors * variance
@@ -121,18 +122,17 @@ def renyi(
         return np.asarray(orders * norm2 / (2 * total) + excess)
     k = np.arange(1, survivors)
     tau = 10 * float(np.exp(-2 * math.pi**2 * variance * k / (k + 1)).sum())
-    return np.minimum.reduce(
+    published = np.stack(
         [
             orders * norm2 / (2 * total) + tau * length,
             orders / 2 * (norm2 / total + 2 * tau * norm1 / math.sqrt(total) + tau**2 * length),
             orders / 2 * (math.sqrt(norm2 / total) + tau * math.sqrt(length)) ** 2,
         ]
     )
+    return np.asarray(published.min(axis=0))
 
 
-def _sampled(
-    divergences: np.ndarray[tuple[int], np.dtype[np.float64]], rate: float
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _sampled(divergences: NDArray[np.float64], rate: float) -> NDArray[np.float64]:
     """Divergences where each client takes part with probability q.
 
     log Σ_k C(α, k) (1−q)^(α−k) q^k e^((k−1) D_k) / (α−1). Orders that are left out are bounded by
@@ -147,7 +147,7 @@ def _sampled(
         terms = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
         terms += k * math.log(rate) + (order - k) * math.log1p(-rate) + exponents
         found.append(float(logsumexp(terms)) / (order - 1))
-    return np.minimum(found, divergences)
+    return np.asarray(np.minimum(found, divergences))
 
 
 def _by_gaussian(
