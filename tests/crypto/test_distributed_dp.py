@@ -196,6 +196,15 @@ def test_what_cannot_be_wrapped_is_refused() -> None:
     DistributedDP(inner="plain").check(terms)
 
 
+def test_an_inner_protocol_has_fields_of_its_own() -> None:
+    made = build("distributed-dp:inner=secagg-plus:threshold=3;neighbours=4,bits=20")
+    assert made == DistributedDP(inner="secagg-plus:threshold=3;neighbours=4", bits=20)
+    terms = Terms(bytes(16), tuple(range(6)), 10)
+    assert len(made.server(terms).steps) == len(build("secagg-plus").server(terms).steps)
+    with pytest.raises(InvalidInput, match="no field 'threshhold'"):
+        DistributedDP(inner="secagg-plus:threshhold=3").check(terms)
+
+
 def test_every_protocol_carries_the_noise() -> None:
     """All that the package has, unchanged: n = 800 coordinates, 5 standard errors; α = 6e-7."""
     sent = vectors(5, 800)
