@@ -20,6 +20,7 @@ from gradleak.metrics.bounds import (
     update_map,
     van_trees_floor,
 )
+from gradleak.metrics.distributed_privacy import distributed_epsilon
 from gradleak.metrics.guessing import best_guess
 from gradleak.metrics.identify import SAME, identified
 from gradleak.metrics.image import METRICS, PSNR_CEILING_DB, Metric, mse, psnr_db, ssim
@@ -56,6 +57,7 @@ __all__ = [
     "clustered_rate",
     "dfil",
     "dfil_probed",
+    "distributed_epsilon",
     "dp_ceiling",
     "epsilon",
     "epsilon_curve",

@@ -22,7 +22,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -149,8 +149,7 @@ def epsilon_curve(
     _check(0.5, noise_multiplier, sample_rate, steps)
     if sample_rate == 1 and accountant == "prv":
         raise InvalidInput("sample_rate=1: expected less; gaussian_ceiling is exact there")
-    if importlib.util.find_spec("opacus") is None:
-        raise InvalidInput("DP-SGD accounting needs Opacus: pip install 'gradleak[dp]'")
+    _need_opacus()
     from opacus import accountants
     from opacus.accountants.analysis import rdp
 
@@ -160,12 +159,7 @@ def epsilon_curve(
             q=sample_rate, noise_multiplier=noise_multiplier, steps=steps, orders=orders
         )
 
-        def by_order(delta: float) -> float:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the best order may be the last one: still valid
-                return float(rdp.get_privacy_spent(orders=orders, rdp=spent, delta=delta)[0])
-
-        return by_order
+        return lambda delta: rdp_epsilon(delta, orders, spent)
 
     prv = accountants.PRVAccountant()
     prv.history = [(noise_multiplier, sample_rate, steps)]
@@ -180,6 +174,30 @@ def epsilon_curve(
             return math.inf
 
     return by_loss
+
+
+def rdp_epsilon(delta: float, orders: Sequence[float], spent: Sequence[float]) -> float:
+    """ε from Rényi differential privacy at several orders, by Opacus's conversion.
+
+    Args:
+        delta: δ.
+        orders: α > 1.
+        spent: Rényi divergence at each, over all rounds.
+
+    Raises:
+        InvalidInput: Opacus is not installed.
+    """
+    _need_opacus()
+    from opacus.accountants.analysis import rdp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the best order may be the last one: still valid
+        return float(rdp.get_privacy_spent(orders=orders, rdp=spent, delta=delta)[0])
+
+
+def _need_opacus() -> None:
+    if importlib.util.find_spec("opacus") is None:
+        raise InvalidInput("DP accounting needs Opacus: pip install 'gradleak[dp]'")
 
 
 def _check(
