@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from gradleak import data, models
 from gradleak.attacks import ATTACKS
 from gradleak.cli import run
+from gradleak.crypto import aggregations
 from gradleak.priors import TRAINED
 
 AUDIT = [
@@ -115,7 +116,9 @@ def test_a_recorded_update(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (tmp_path / "out" / "reconstruction.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("kind", ["attacks", "defenses", "priors", "models", "data"])
+@pytest.mark.parametrize(
+    "kind", ["attacks", "defenses", "priors", "models", "data", "aggregations"]
+)
 def test_lists(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["list", kind]) == 0
     table = capsys.readouterr().out
@@ -141,6 +144,16 @@ def test_one_attack_is_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
         assert " ".join(words.split()[:4]) in shown
     assert run(["list", "attacks", "spear", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["id"] == "spear"
+
+
+def test_one_aggregation_is_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("cryptography")
+    assert run(["list", "aggregations", "lightsecagg"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    sheet = aggregations()["lightsecagg"].sheet
+    for words in (sheet.title, sheet.trusts, sheet.survives, sheet.leaks, sheet.cost):
+        assert " ".join(words.split()[:4]) in shown
+    assert "privacy=0.5, dropouts=0.3" in shown
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

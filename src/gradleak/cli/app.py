@@ -481,7 +481,7 @@ def list_command(
         str,
         typer.Argument(
             metavar="KIND",
-            help="attacks, labels, defenses, priors, models, data or reproductions",
+            help="attacks, labels, defenses, priors, models, data, aggregations or reproductions",
         ),
     ],
     identifier: Annotated[
@@ -489,7 +489,7 @@ def list_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
-    """List attacks, label rules, defenses, priors, models, data or reproductions."""
+    """List attacks, label rules, defenses, priors, models, data, aggregations or reproductions."""
     from gradleak.cli.listing import KINDS, print_listing
 
     if kind not in KINDS:

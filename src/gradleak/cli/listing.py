@@ -1,4 +1,4 @@
-"""What there is: attacks, label rules, protections, priors, networks, data and reproductions."""
+"""What there is: attacks, label rules, protections, priors, networks, data, protocols, papers."""
 
 from __future__ import annotations
 
@@ -105,6 +105,16 @@ def data() -> list[dict[str, Any]]:
     return [dataclasses.asdict(about) | {"shape": list(about.shape)} for about in DATASETS.values()]
 
 
+def aggregations() -> list[dict[str, Any]]:
+    """Every aggregation protocol with its fields and its data sheet."""
+    from gradleak.crypto import aggregations
+
+    return [
+        {"id": name, **dataclasses.asdict(protocol.sheet), "fields": _fields(protocol)}
+        for name, protocol in aggregations().items()
+    ]
+
+
 def reproductions() -> list[dict[str, Any]]:
     """Every published table that can be computed again."""
     from gradleak.reproductions import REPRODUCTIONS
@@ -128,6 +138,7 @@ KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "priors": priors,
     "models": models,
     "data": data,
+    "aggregations": aggregations,
     "reproductions": reproductions,
 }
 
@@ -138,6 +149,7 @@ _COLUMNS = {
     "priors": ("id", "title", "proper", "fields"),
     "models": ("id", "title", "batch_norm"),
     "data": ("id", "title", "shape", "classes", "embedded", "licence"),
+    "aggregations": ("id", "title", "trusts", "survives"),
     "reproductions": ("id", "title", "paper", "link"),
 }
 

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from scipy.special import chdtrc
 
 from gradleak.crypto.encoding import Encoding, FixedPoint, Reals
-from gradleak.crypto.protocol import Aggregation, Envelope, Total
-from gradleak.crypto.rehearsal import rehearse, terms_for
+from gradleak.crypto.keys import signing_key, verifying_key
+from gradleak.crypto.protocol import SESSION, Aggregation, Envelope, Terms, Total
+from gradleak.crypto.rehearsal import rehearse
 from gradleak.crypto.rejection import Aborted
-from gradleak.crypto.wire import decode
+from gradleak.crypto.wire import decode, decode_head
 from gradleak.errors import GradleakError
 
 ALPHA = 1e-9
@@ -91,6 +92,8 @@ class Implementation(Protocol):
 class Rehearsed:
     """A protocol of this package, played in one process.
 
+    Every round has the same session's name: what is fresh by that alone is found.
+
     Args:
         aggregation: the protocol.
         clients: how many.
@@ -98,6 +101,7 @@ class Rehearsed:
         modulus: of its words; what it sends as bytes is taken modulo 256.
         tolerance: largest error of an entry.
         encoding: reals to integers.
+        signed: clients sign, and know each other's verifying keys.
     """
 
     aggregation: Aggregation
@@ -106,26 +110,35 @@ class Rehearsed:
     modulus: int
     tolerance: float = 0.0
     encoding: Encoding = field(default_factory=FixedPoint)
+    signed: bool = False
+
+    def terms(self, length: int) -> tuple[Terms, dict[int, bytes]]:
+        """Of a round, and the clients' signing secrets."""
+        signing = {n: signing_key() for n in range(self.clients) if self.signed}
+        verifying = {n: verifying_key(secret) for n, secret in signing.items()}
+        clients = tuple(range(self.clients))
+        return Terms(bytes(SESSION), clients, length, self.encoding, verifying or None), signing
 
     @property
     def steps(self) -> int:
         """Of its server."""
-        vectors = {n: np.zeros(1) for n in range(self.clients)}
-        return len(self.aggregation.server(terms_for(vectors, self.encoding)).steps)
+        return len(self.aggregation.server(self.terms(1)[0]).steps)
 
     def play(self, vectors: Mapping[int, Reals], drops: Mapping[int, int]) -> Played:
         """One rehearsal."""
-        terms = terms_for(vectors, self.encoding)
+        terms, signing = self.terms(len(vectors[0]))
         kinds = [step.reply for step in self.aggregation.server(terms).steps]
         hidden: dict[int, Unsigned] = {}
 
         def look(step: int, sender: int, raw: bytes) -> bytes:
-            for found in _contents(decode(kinds[step], decode(Envelope, raw).body)):
+            for found in _contents(decode(kinds[step], decode_head(Envelope, raw)[1])):
                 if found.nbytes > (hidden[sender].nbytes if sender in hidden else 0):
                     hidden[sender] = found
             return raw
 
-        total, _ = rehearse(self.aggregation, vectors, terms=terms, drops=drops, up=look)
+        total, _ = rehearse(
+            self.aggregation, vectors, terms=terms, drops=drops, up=look, signing=signing
+        )
         return Played(total, {n: words for n, words in hidden.items() if n in vectors})
 
 
@@ -211,20 +224,20 @@ def unseeded(subject: Implementation) -> None:
 
     Their states are as before afterwards.
     """
-    python, legacy = random.getstate(), np.random.get_state()
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
     torch: Any = sys.modules.get("torch")
     before = torch.get_rng_state() if torch else None
     rounds = []
     try:
         for _ in range(2):
             random.seed(0)
-            np.random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
             if torch:
                 torch.manual_seed(0)
             rounds.append(_zeros(subject))
     finally:
         random.setstate(python)
-        np.random.set_state(legacy)
+        np.random.set_state(legacy)  # noqa: NPY002
         if torch:
             torch.set_rng_state(before)
     for client, words in rounds[0].items():

@@ -14,6 +14,8 @@ from gradleak.errors import InvalidInput
 Reals = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
+_PART = 2**14
+
 
 class Encoding(Protocol):
     """How a client's vector becomes integers of at most `bound` in magnitude."""
@@ -65,15 +67,18 @@ class FixedPoint:
         return int(self.clip * 2.0**self.fraction)
 
     def encode(self, vector: Reals) -> Integers:
-        """Clip and round."""
-        if not np.isfinite(vector).all():
-            raise InvalidInput("a vector with NaN or infinite entries cannot be summed")
-        scaled = np.clip(vector, -self.clip, self.clip) * 2.0**self.fraction
-        down = np.floor(scaled)
-        if (part := scaled - down).any():
-            draws = np.random.Generator(np.random.Philox(secrets.randbits(128)))
-            down += draws.random(len(part)) < part
-        return down.astype(np.int64)
+        """Clip and round, by parts that stay in the cache."""
+        whole = np.empty(len(vector), np.int64)
+        draws = np.random.Generator(np.random.Philox(secrets.randbits(128)))
+        for at in range(0, len(vector), _PART):
+            part = vector[at : at + _PART]
+            if not np.isfinite(part).all():
+                raise InvalidInput("a vector with NaN or infinite entries cannot be summed")
+            scaled = np.clip(part, -self.clip, self.clip) * 2.0**self.fraction
+            down = np.floor(scaled)
+            down += draws.random(len(part)) < scaled - down
+            whole[at : at + _PART] = down
+        return whole
 
     def decode(self, total: Integers, *, clients: int) -> Reals:
         """Scale back."""

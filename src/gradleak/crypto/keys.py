@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -39,13 +40,21 @@ def agreed(secret: bytes, public: bytes, *, purpose: bytes) -> bytes:
     Raises:
         Rejected: INVALID_KEY: of another length, or a point of small order.
     """
-    try:
-        shared = X25519PrivateKey.from_private_bytes(secret).exchange(
-            X25519PublicKey.from_public_bytes(public)
-        )
-    except ValueError as error:
-        raise Rejected(Reason.INVALID_KEY, f"public key of {len(public)} bytes: {error}") from error
-    return HKDF(hashes.SHA256(), SEED, salt=None, info=purpose).derive(shared)
+    return agreed_each(secret, [public], purpose=purpose)[0]
+
+
+def agreed_each(secret: bytes, publics: Iterable[bytes], *, purpose: bytes) -> list[bytes]:
+    """The same with many parties, for half the time: one's own key is prepared once."""
+    own, found = X25519PrivateKey.from_private_bytes(secret), []
+    for public in publics:
+        try:
+            shared = own.exchange(X25519PublicKey.from_public_bytes(public))
+        except ValueError as error:
+            raise Rejected(
+                Reason.INVALID_KEY, f"public key of {len(public)} bytes: {error}"
+            ) from error
+        found.append(HKDF(hashes.SHA256(), SEED, salt=None, info=purpose).derive(shared))
+    return found
 
 
 def seal(key: bytes, letter: bytes, *, context: bytes) -> bytes:

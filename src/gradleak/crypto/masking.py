@@ -1,10 +1,10 @@
 """Sums under masks that cancel: both sides of a round over a graph of neighbours.
 
-    yᵤ = xᵤ + PRG(bᵤ) + Σ_{v ∈ N(u), v > u} PRG(s_uv) − Σ_{v ∈ N(u), v < u} PRG(s_uv)   mod 2³² or 2⁶⁴
+    yᵤ = xᵤ + PRG(bᵤ) + Σ_{v ∈ N(u), v > u} PRG(s_uv) − Σ_{v ∈ N(u), v < u} PRG(s_uv)
 
-with s_uv agreed by Diffie-Hellman from this round's keys. Every client shares its seed bᵤ and its
-secret key among its neighbours and itself, so that t of them can take bᵤ off if u's vector has
-arrived, or u's pairwise masks if it has not; nobody ever gives both for one client.
+mod 2³² or 2⁶⁴, with s_uv agreed by Diffie-Hellman from this round's keys. Every client shares its
+seed bᵤ and its secret key among its neighbours and itself, so that t of them can take bᵤ off if u's
+vector has arrived, or u's pairwise masks if it has not; nobody ever gives both for one client.
 
 Against an active server keys are signed, and survivors sign the list of survivors before they
 unmask by it.
@@ -29,7 +29,7 @@ from gradleak.crypto import keys
 from gradleak.crypto.encoding import fits
 from gradleak.crypto.protocol import Party, Server, Step, Terms, Total, Vector
 from gradleak.crypto.rejection import Aborted, Reason, Rejected
-from gradleak.crypto.sharing import join, split
+from gradleak.crypto.sharing import SHARE, join, split
 from gradleak.crypto.wire import Words, decode
 from gradleak.errors import InvalidInput
 
@@ -142,7 +142,7 @@ ACTIVE = (
     Step("unmask", Signatures, Shares),
 )
 _ADVERTISE, _SHARE, _MASK = range(3)
-_SIGNATURE, _LETTER_SHARE = 64, 48
+_SIGNATURE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,6 +250,7 @@ class Memory:
     sealing: bytes = b""
     seed: bytes = b""
     bundles: dict[int, bytes] = field(default_factory=dict)
+    letter_keys: dict[int, bytes] = field(default_factory=dict)
     seed_shares: dict[int, bytes] = field(default_factory=dict)
     key_shares: dict[int, bytes] = field(default_factory=dict)
     survivors: tuple[int, ...] = ()
@@ -301,21 +302,20 @@ class MaskingParty(Party):
             bundles
         ):
             raise Rejected(Reason.REUSED_KEY, "two clients with one key")
+        own, others = self.number, [c for c in bundles if c != self.number]
         seeds = split(memory.seed, rules.threshold, bundles)
         masking = split(memory.masking, rules.threshold, bundles)
+        letter_keys = keys.agreed_each(
+            memory.sealing, [_sealing(bundles[c]) for c in others], purpose=rules.naming("letters")
+        )
         letters = {
-            client: keys.seal(
-                self._letter_key(client, bundle),
-                seeds[client] + masking[client],
-                context=rules.naming("letter", self.number, client),
-            )
-            for client, bundle in bundles.items()
-            if client != self.number
+            c: keys.seal(key, seeds[c] + masking[c], context=rules.naming("letter", own, c))
+            for c, key in zip(others, letter_keys, strict=True)
         }
-        own = self.number
         self._memory = replace(
             memory,
             bundles=bundles,
+            letter_keys=dict(zip(others, letter_keys, strict=True)),
             seed_shares={own: seeds[own]},
             key_shares={own: masking[own]},
         )
@@ -323,26 +323,22 @@ class MaskingParty(Party):
 
     def _mask(self, letters: dict[int, bytes]) -> Masked:
         rules, memory = self._rules, self._memory
-        if not set(letters) <= set(memory.bundles) - {self.number}:
+        if not letters.keys() <= memory.letter_keys.keys():
             raise Rejected(Reason.WRONG_PEERS, f"letters of {tuple(letters)}")
         self._enough([*letters, self.number])
         seed_shares, key_shares = dict(memory.seed_shares), dict(memory.key_shares)
-        plus: list[bytes] = [memory.seed]
-        minus: list[bytes] = []
         for client, sealed in letters.items():
-            bundle = memory.bundles[client]
             context = rules.naming("letter", client, self.number)
-            letter = keys.unseal(self._letter_key(client, bundle), sealed, context=context)
-            if len(letter) != 2 * _LETTER_SHARE:
+            letter = keys.unseal(memory.letter_keys[client], sealed, context=context)
+            if len(letter) != 2 * SHARE:
                 raise Rejected(Reason.BAD_SHARE, f"{len(letter)} bytes of shares")
-            seed_shares[client], key_shares[client] = (
-                letter[:_LETTER_SHARE],
-                letter[_LETTER_SHARE:],
-            )
-            seed = keys.agreed(memory.masking, _masking(bundle), purpose=rules.naming("mask"))
-            (plus if client > self.number else minus).append(seed)
+            seed_shares[client], key_shares[client] = letter[:SHARE], letter[SHARE:]
+        publics = [_masking(memory.bundles[c]) for c in letters]
+        shared = keys.agreed_each(memory.masking, publics, purpose=rules.naming("mask"))
+        plus = [s for c, s in zip(letters, shared, strict=True) if c > self.number]
+        minus = [s for c, s in zip(letters, shared, strict=True) if c < self.number]
         values: Words = self.terms.encoding.encode(self.vector()).astype(rules.word)
-        fold(values, plus=plus, minus=minus)
+        fold(values, plus=[memory.seed, *plus], minus=minus)
         self._memory = replace(memory, seed_shares=seed_shares, key_shares=key_shares)
         return Masked(values)
 
@@ -398,10 +394,6 @@ class MaskingParty(Party):
         count, needed = len(set(near)), self._rules.threshold
         if count < needed:
             raise Rejected(Reason.TOO_FEW_PEERS, f"{count} are left: expected at least {needed}")
-
-    def _letter_key(self, client: int, bundle: bytes) -> bytes:
-        purpose = self._rules.naming("letters")
-        return keys.agreed(self._memory.sealing, _sealing(bundle), purpose=purpose)
 
     def _signed(self, statement: bytes) -> bytes:
         if self.signing is None:
@@ -475,6 +467,8 @@ class MaskingServer(Server):
         else:
             self._match(reply.seeds, self._near(sender, self._survivors))
             self._match(reply.keys, self._near(sender, self._dropped))
+            if any(len(s) != SHARE for s in (*reply.seeds.values(), *reply.keys.values())):
+                raise Rejected(Reason.BAD_SHARE, f"expected {SHARE} bytes each")
             for shares, kind in ((reply.seeds, self._seed_shares), (reply.keys, self._key_shares)):
                 for owner, share in shares.items():
                     kind.setdefault(owner, {})[sender] = share
@@ -515,9 +509,10 @@ class MaskingServer(Server):
             secret = self._joined(self._key_shares[client], client)
             if keys.public_key(secret) != _masking(self._bundles[client]):
                 raise Aborted(f"the shares of client {client}'s key make another one")
-            for peer in self._near(client, self._survivors):
-                public = _masking(self._bundles[peer])
-                seed = keys.agreed(secret, public, purpose=self._rules.naming("mask"))
+            peers = sorted(self._near(client, self._survivors))
+            publics = [_masking(self._bundles[p]) for p in peers]
+            shared = keys.agreed_each(secret, publics, purpose=self._rules.naming("mask"))
+            for peer, seed in zip(peers, shared, strict=True):
                 (plus if client < peer else minus).append(seed)
         fold(self._sum, plus=plus, minus=minus)
         signed = self._sum.view(np.int64 if self._sum.itemsize == 8 else np.int32)

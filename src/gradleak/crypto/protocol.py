@@ -16,7 +16,7 @@ import numpy as np
 
 from gradleak.crypto.encoding import Encoding, FixedPoint, Reals
 from gradleak.crypto.rejection import Aborted, Reason, Rejected
-from gradleak.crypto.wire import decode, encode
+from gradleak.crypto.wire import decode, decode_head, pieces
 from gradleak.errors import InvalidInput
 
 HELPER = 2**31
@@ -94,21 +94,21 @@ class Total:
 
 @dataclass(frozen=True)
 class Envelope:
-    """Around every message: what it belongs to, so that no other is taken for it."""
+    """Before every message: what it belongs to, so that no other is taken for it."""
 
     protocol: bytes
     session: bytes
     step: int
     sender: int
-    body: bytes
 
 
 def _wrap(protocol: str, terms: Terms, step: int, sender: int, message: object) -> bytes:
-    return encode(Envelope(protocol.encode(), terms.session, step, sender, encode(message)))
+    envelope = Envelope(protocol.encode(), terms.session, step, sender)
+    return b"".join((*pieces(envelope), *pieces(message)))
 
 
 def _open(raw: bytes, protocol: str, terms: Terms, step: int, sender: int, kind: type[Any]) -> Any:
-    found = decode(Envelope, raw)
+    found, body = decode_head(Envelope, raw)
     if found.protocol != protocol.encode():
         raise Rejected(Reason.OTHER_PROTOCOL, f"{found.protocol!r}: expected {protocol}")
     if found.session != terms.session:
@@ -117,7 +117,7 @@ def _open(raw: bytes, protocol: str, terms: Terms, step: int, sender: int, kind:
         raise Rejected(Reason.OTHER_STEP, f"step {found.step}: expected {step}")
     if found.sender != sender:
         raise Rejected(Reason.OTHER_SENDER, f"sender {found.sender}: expected {sender}")
-    return decode(kind, found.body)
+    return decode(kind, body)
 
 
 class Party(ABC):

@@ -19,6 +19,9 @@ SECRET = 32
 _LIMB, _LIMBS = 7, 5
 _SHARE = struct.Struct(f"<{1 + _LIMBS}Q")
 
+SHARE = _SHARE.size
+"""Bytes of a share."""
+
 
 def split(secret: bytes, threshold: int, numbers: Iterable[int]) -> dict[int, bytes]:
     """Shares of 32 bytes, any `threshold` of which make it, and fewer tell nothing.

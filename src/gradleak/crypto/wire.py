@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from gradleak.crypto.rejection import Reason, Rejected
 
 Words = NDArray[np.uint64] | NDArray[np.uint32]
+Raw = bytes | memoryview
 T = TypeVar("T")
 
 _COUNT = struct.Struct("<I")
@@ -33,25 +34,41 @@ def encode(message: object) -> bytes:
     Raises:
         TypeError: it is no dataclass, or a field is of a type that has no encoding.
     """
-    return b"".join(
-        piece
-        for name, (write, _) in _codecs(cast(Any, type(message))).items()
-        for piece in write(getattr(message, name))
-    )
+    return b"".join(pieces(message))
 
 
-def decode(kind: type[T], raw: bytes | memoryview) -> T:
+def pieces(message: object) -> Iterator[Raw]:
+    """What `encode` puts together; vectors are not copied.
+
+    Raises:
+        TypeError: as `encode`.
+    """
+    for name, (write, _) in _codecs(cast(Any, type(message))).items():
+        yield from write(getattr(message, name))
+
+
+def decode(kind: type[T], raw: Raw) -> T:
     """The message that bytes hold; vectors are read-only views of them.
 
     Raises:
         Rejected: TRUNCATED, TRAILING_BYTES or MALFORMED (keys out of order, unknown word width).
     """
+    found, rest = decode_head(kind, raw)
+    if rest:
+        raise Rejected(Reason.TRAILING_BYTES, f"{len(rest)} bytes after a {kind.__name__}")
+    return found
+
+
+def decode_head(kind: type[T], raw: Raw) -> tuple[T, memoryview]:
+    """The message that bytes begin with, and what follows it.
+
+    Raises:
+        Rejected: TRUNCATED or MALFORMED.
+    """
     cursor = _Cursor(memoryview(raw))
     fields = {name: read(cursor) for name, (_, read) in _codecs(cast(Any, kind)).items()}
-    if cursor.left:
-        raise Rejected(Reason.TRAILING_BYTES, f"{cursor.left} bytes after a {kind.__name__}")
     try:
-        return kind(**fields)
+        return kind(**fields), cursor.take(cursor.left)
     except ValueError as error:
         raise Rejected(Reason.MALFORMED, str(error)) from error
 
@@ -74,7 +91,7 @@ class _Cursor:
         return int(_COUNT.unpack(self.take(4))[0])
 
 
-Codec = tuple[Callable[[Any], list[bytes]], Callable[[_Cursor], Any]]
+Codec = tuple[Callable[[Any], list[Raw]], Callable[[_Cursor], Any]]
 
 
 @cache
@@ -90,7 +107,7 @@ def _codec(hint: Any) -> Codec:
     raise TypeError(f"{hint}: no encoding")
 
 
-def _write_bytes(value: bytes) -> list[bytes]:
+def _write_bytes(value: bytes) -> list[Raw]:
     return [_COUNT.pack(len(value)), value]
 
 
@@ -98,10 +115,10 @@ def _read_bytes(cursor: _Cursor) -> bytes:
     return bytes(cursor.take(cursor.count()))
 
 
-def _write_words(value: Words) -> list[bytes]:
+def _write_words(value: Words) -> list[Raw]:
     width = value.dtype.itemsize
     little = np.ascontiguousarray(value, dtype=_WIDTHS[width])
-    return [bytes((width,)), _COUNT.pack(len(value)), little.tobytes()]
+    return [bytes((width,)), _COUNT.pack(len(value)), little.view(np.uint8).data]
 
 
 def _read_words(cursor: _Cursor) -> Words:
@@ -111,7 +128,7 @@ def _read_words(cursor: _Cursor) -> Words:
     return np.frombuffer(cursor.take(cursor.count() * width), dtype=_WIDTHS[width])
 
 
-def _write_numbers(value: tuple[int, ...]) -> list[bytes]:
+def _write_numbers(value: tuple[int, ...]) -> list[Raw]:
     return [_COUNT.pack(len(value)), struct.pack(f"<{len(value)}Q", *value)]
 
 
@@ -120,12 +137,12 @@ def _read_numbers(cursor: _Cursor) -> tuple[int, ...]:
     return struct.unpack(f"<{count}Q", cursor.take(8 * count))
 
 
-def _write_by_number(item: Codec) -> Callable[[Mapping[int, Any]], list[bytes]]:
-    def write(value: Mapping[int, Any]) -> list[bytes]:
-        pieces = [_COUNT.pack(len(value))]
+def _write_by_number(item: Codec) -> Callable[[Mapping[int, Any]], list[Raw]]:
+    def write(value: Mapping[int, Any]) -> list[Raw]:
+        written: list[Raw] = [_COUNT.pack(len(value))]
         for key in sorted(value):
-            pieces += [_NUMBER.pack(key), *item[0](value[key])]
-        return pieces
+            written += [_NUMBER.pack(key), *item[0](value[key])]
+        return written
 
     return write
 

@@ -48,7 +48,7 @@ class Ideal:
 
     def _hide(self, client: int, count: int) -> Unsigned:
         if self.fault == "seeded":
-            return np.random.randint(0, self.modulus, count).astype(np.uint64)
+            return np.random.randint(0, self.modulus, count).astype(np.uint64)  # noqa: NPY002
         if self.fault == "reused":
             return words32(bytes([client]) * 32, count) % np.uint32(self.modulus)
         if self.fault == "one mask for all":
