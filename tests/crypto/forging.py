@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gradleak.crypto.protocol import Envelope
-from gradleak.crypto.wire import decode, decode_head, encode
+from tests.crypto.conformance.drive import bent, opened
 
 Change = Callable[[Any], Mapping[str, object]]
 
 
 def forged(raw: bytes, kind: type[Any], change: Change) -> bytes:
-    """The same envelope around a message with other fields."""
-    envelope, body = decode_head(Envelope, raw)
-    message = decode(kind, body)
-    return encode(envelope) + encode(dataclasses.replace(message, **change(message)))
+    """The same message with other fields."""
+    return bent(raw, kind, **change(opened(raw, kind)))
 
 
 def one(found: Mapping[int, bytes], value: Callable[[bytes], bytes]) -> dict[int, bytes]:

@@ -10,10 +10,11 @@ from scipy.stats import chisquare
 
 from gradleak.crypto import Aborted, FixedPoint, Reason, Rejected, keys
 from gradleak.crypto.additive import STEPS, AdditiveHelper, AdditiveMpc, Kept, Shares
-from gradleak.crypto.protocol import HELPER, Envelope, Party, Server, Terms
+from gradleak.crypto.protocol import HELPER, Party, Server, Terms
 from gradleak.crypto.rehearsal import Cost, rehearse, terms_for
-from gradleak.crypto.wire import decode, decode_head, encode
+from gradleak.crypto.wire import encode
 from gradleak.errors import InvalidInput
+from tests.crypto.conformance.drive import opened
 from tests.crypto.forging import Change, flipped, forged, one
 
 TWO, THREE = AdditiveMpc(), AdditiveMpc(servers=3)
@@ -203,7 +204,7 @@ def test_lists_from_another_session_or_for_another_reader_are_refused() -> None:
     ours, theirs = one_server.requests(), two_server.requests()
     with pytest.raises(Rejected, match=Reason.OTHER_SESSION):
         one_side[HELPER].answer(theirs[HELPER])
-    foreign = decode(STEPS[3].request, decode_head(Envelope, theirs[HELPER])[1]).lists
+    foreign = opened(theirs[HELPER], STEPS[3].request).lists
     with pytest.raises(Rejected, match=Reason.NOT_AUTHENTIC):
         one_side[HELPER].answer(
             forged(ours[HELPER], STEPS[3].request, lambda m: {"lists": foreign})
@@ -217,7 +218,7 @@ def views(protocol: AdditiveMpc, vector: float) -> list[Shares]:
 
     def up(step: int, number: int, raw: bytes) -> bytes:
         if (step, number) == (1, 0):
-            shares[-1] = decode(STEPS[1].reply, decode_head(Envelope, raw)[1]).share
+            shares[-1] = opened(raw, STEPS[1].reply).share
         return raw
 
     terms = terms_for(vectors)

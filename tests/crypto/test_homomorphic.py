@@ -44,10 +44,11 @@ from gradleak.crypto.homomorphic import (
     Running,
 )
 from gradleak.crypto.paillier import Paillier, _Cipher, _width
-from gradleak.crypto.protocol import SESSION, Envelope
+from gradleak.crypto.protocol import SESSION
 from gradleak.crypto.rehearsal import Cost, rehearse, terms_for
-from gradleak.crypto.wire import decode, decode_head, encode
+from gradleak.crypto.wire import encode
 from gradleak.errors import InvalidInput
+from tests.crypto.conformance.drive import opened
 from tests.crypto.forging import Change, flipped, forged, one
 
 SMALL = Paillier(bits=256, unsafe_small_keys=True)
@@ -262,7 +263,7 @@ def test_one_clients_upload_is_not_opened_as_the_sum(scheme: Homomorphic) -> Non
 
     def up(step: int, client: int, raw: bytes) -> bytes:
         if step == 2:
-            uploads[client] = decode(STEPS[2].reply, decode_head(Envelope, raw)[1]).ciphertexts
+            uploads[client] = opened(raw, STEPS[2].reply).ciphertexts
         return raw
 
     def down(step: int, client: int, raw: bytes) -> bytes:
