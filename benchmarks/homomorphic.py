@@ -175,14 +175,14 @@ def stream(length: int, clients: int) -> dict[str, Any]:
 
 def table(lengths: list[int], clients: list[int], rounds: int) -> list[dict[str, Any]]:
     """Rounds of every protocol; medians over rounds that take turns."""
-    protocols = [AdditiveMpc(), AdditiveMpc(servers=3), Ckks(), Paillier()]
+    protocols: list[Aggregation] = [AdditiveMpc(), AdditiveMpc(servers=3), Ckks(), Paillier()]
     rows = []
     for length in lengths:
         for n in clients:
             runs: list[list[dict[str, Any]]] = [[] for _ in protocols]
             for _ in range(rounds):
                 for protocol, kept in zip(protocols, runs, strict=True):
-                    if protocol.id != "paillier" or length * n <= 10**6:
+                    if protocol.id != "paillier" or length * n <= 250_000:
                         kept.append(round_of(protocol, length, n, FixedPoint()))
             for protocol, kept in zip(protocols, runs, strict=True):
                 if not kept:

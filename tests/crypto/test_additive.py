@@ -250,7 +250,7 @@ def test_all_but_one_share_together_are_uniform(protocol: AdditiveMpc) -> None:
         others = [share for k, share in enumerate(shares) if k != left_out]
         assert uniform(np.sum(others, axis=0, dtype=np.uint64)) > 1e-8
         assert all(uniform(share) > 1e-8 for share in others)
-    whole = np.sum(shares, axis=0, dtype=np.uint64)
+    whole: Shares = np.stack(shares).sum(axis=0, dtype=np.uint64)
     assert set(whole.tolist()) == {3 * 2**20}
     assert uniform(whole) < 1e-8
     assert uniform(shares[0] & np.uint64(2**63 - 1)) < 1e-8  # one bit that is always zero is found

@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from gradleak.crypto import Aborted, Aggregation, FixedPoint, Reason, Rejected, Terms, keys
+from gradleak.crypto import (
+    Aborted,
+    Aggregation,
+    FixedPoint,
+    Reason,
+    Rejected,
+    Terms,
+    keys,
+    paillier,
+)
 from gradleak.crypto.ckks import (
     DEGREE,
     MODULI,
@@ -344,6 +353,7 @@ def test_the_server_never_holds_the_secret_key(scheme: Homomorphic) -> None:
         if kept.letter:
             assert not holds_secret(server, kept.letter)
         server.close()
+    assert isinstance(kept, Kept)
     server.planted = [kept.letter]  # type: ignore[attr-defined]
     assert holds_secret(server, kept.letter)
     server.planted = {0: Holder(scheme, terms, kept.letter)}  # type: ignore[attr-defined]
@@ -408,6 +418,14 @@ def test_guard_bits_are_as_many_as_the_sum_needs() -> None:
         assert cipher.decrypt(total, 6, clients).tolist() == [8 * clients] * 6
         with pytest.raises(Rejected, match=Reason.BAD_CIPHERTEXT):  # one client too few is told
             cipher.decrypt(total, 6, clients - 1)
+
+
+def test_a_guard_bit_too_few_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    width = _width
+    monkeypatch.setattr(paillier, "_width", lambda terms: width(terms) - 1)
+    full = {n: np.full(30, 8.0) for n in range(4)}
+    with pytest.raises(Aborted, match="no client opened"):
+        rehearse(SMALL, full)
 
 
 def _modulus(cipher: Any) -> bytes:
@@ -485,7 +503,7 @@ def key_found(opened: list[list[float]], ciphertexts: list[bytes]) -> bool:
     (a, b, x), (c, d, y), (e, f, z) = rows
     inverse = pow(a * d - b * c, -1, q)
     s, conjugate = (x * d - b * y) * inverse, (a * y - c * x) * inverse
-    return (e * s + f * conjugate - z) % q == 0
+    return bool((e * s + f * conjugate - z) % q == 0)
 
 
 def test_unrounded_sums_would_give_the_key_away_and_rounded_ones_do_not() -> None:
@@ -552,6 +570,16 @@ def test_streamed_sums_are_those_of_a_round(scheme: Homomorphic) -> None:
     for wrong in ([rest[0], *rest], [rest[0], first, *rest[1:]]):  # pieces repeated or swapped
         with pytest.raises(Rejected, match=Reason.INCONSISTENT_SURVIVORS):
             list(holder.decrypt_chunks((0, 1, 2), wrong))
+
+
+def test_pieces_without_tags_could_be_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Holder, "_tags", lambda *_: np.zeros((5, TAGS), np.int64))
+    terms = Terms(bytes(16), (0, 1), 30)
+    holder = Holder(SMALL, terms, keys.fresh() + SMALL.make(terms)[0])
+    pieces = np.arange(30).reshape(-1, SMALL.room(terms))
+    chunks = list(holder.encrypt_chunks(0, iter(pieces)))
+    opened = np.concatenate(list(holder.decrypt_chunks((0,), reversed(chunks))))
+    assert np.array_equal(opened, pieces[::-1].ravel())
 
 
 @pytest.mark.slow

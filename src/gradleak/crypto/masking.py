@@ -461,7 +461,7 @@ class MaskingServer(Server):
                 )
             self._sum += reply.values
         elif isinstance(reply, Signature):
-            statement = self._rules.naming("survivors", *self._survivors)
+            statement = self._rules.naming("survivors", *sorted(self._survivors))
             self._rules.verify(sender, reply.signature, statement)
             self._signatures[sender] = reply.signature
         else:
