@@ -126,6 +126,12 @@ def test_the_transform_is_the_naive_one(field: Field, size: int) -> None:
     assert (ntt.forward(field, x[:, 0]) == ntt.forward(field, x)[:, 0]).all()
 
 
+@pytest.mark.parametrize("modulus", [0, 1, 2**50 + 1, 2**61 + 1])
+def test_moduli_of_other_sizes_are_refused(modulus: int) -> None:
+    with pytest.raises(InvalidInput, match="modulus"):
+        Field(modulus)
+
+
 @pytest.mark.parametrize("size", [0, 3, 2**21])
 def test_sizes_without_a_root_are_refused(size: int) -> None:
     with pytest.raises(InvalidInput, match="power of two"):

@@ -147,6 +147,7 @@ def test_fractions_and_counts(
         (9, -1, 0),
         (9, 1.5, 0),
         (9, 1, float("nan")),
+        (9, float("inf"), 0),
     ],
 )
 def test_sizes_that_protect_nothing_or_recover_nothing_are_refused(

@@ -82,9 +82,9 @@ class CodedServer(Server):
 
     def ask(self, step: int) -> Mapping[int, object]:
         if step == 0:
-            return {client: AskKey() for client in self.terms.clients}
+            return dict.fromkeys(self.terms.clients, AskKey())
         if step == 1:
-            return {client: Keys(self._public) for client in self._public}
+            return dict.fromkeys(self._public, Keys(self._public))
         if step == 2:
             return {
                 client: Letters({w: at[client] for w, at in self._letters.items() if w != client})
@@ -186,12 +186,10 @@ class CodedParty(Party):
             raise Rejected(Reason.INVALID_KEY, "a key that is said to be this party's")
         if len(set(public.values())) < len(public):
             raise Rejected(Reason.REUSED_KEY, "two parties with one key")
+        others = [v for v in public if v != self.number]
         purpose = f"{self.id} letters ".encode() + self.terms.session
-        agreed = {
-            v: keys.agreed(own, key, purpose=purpose)
-            for v, key in public.items()
-            if v != self.number
-        }
+        found = keys.agreed_each(own, [public[v] for v in others], purpose=purpose)
+        agreed = dict(zip(others, found, strict=True))
         seed, vector = self.secret()
         words = self._code.field.write(self._code.share(vector))
         shares = dict(zip(self.terms.clients, words, strict=True))

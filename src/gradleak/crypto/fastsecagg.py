@@ -68,7 +68,8 @@ class FastSecAgg:
         trusts="a server that keeps to the protocol and hands on keys and letters unchanged; at "
         "most T clients collude with it",
         survives="D clients at any steps, T + D < N; beyond, the round aborts",
-        leaks="who took part; a client's bad letters can end a round",
+        leaks="who took part, and a sum of at least N - D clients, from which colluding ones "
+        "subtract their own; a client's bad letters can end a round",
         cost="3 steps; up, per client, N - 1 shares of d/(N - D - T) words; the server decodes "
         "once, whatever the dropouts",
     )

@@ -12,6 +12,7 @@ from gradleak.crypto import keys
 from gradleak.crypto.encoding import Integers
 from gradleak.crypto.rejection import Reason, Rejected
 from gradleak.crypto.wire import Words
+from gradleak.errors import InvalidInput
 
 Residues = NDArray[np.uint64]
 
@@ -27,9 +28,16 @@ class Field:
 
     Args:
         modulus: the prime.
+
+    Raises:
+        InvalidInput: it is of another size.
     """
 
     modulus: int
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.modulus < 2**50 and self.modulus != _MERSENNE:
+            raise InvalidInput(f"modulus={self.modulus}: expected one below 2^50, or 2^61 - 1")
 
     @property
     def bits(self) -> int:

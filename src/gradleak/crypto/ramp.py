@@ -17,7 +17,7 @@ import numpy as np
 from gradleak.crypto import keys, ntt
 from gradleak.crypto.encoding import fits
 from gradleak.crypto.field import Field, Residues
-from gradleak.crypto.protocol import Terms
+from gradleak.crypto.protocol import HELPER, Terms
 from gradleak.crypto.rejection import Aborted
 from gradleak.errors import InvalidInput
 
@@ -55,7 +55,7 @@ def sizes(holders: int, privacy: float, dropouts: float) -> Sizes:
         InvalidInput: T < 1, or T + D ≥ N.
     """
     for name, value in {"privacy": privacy, "dropouts": dropouts}.items():
-        if not value >= 0 or (value >= 1 and value != int(value)):
+        if not 0 <= value < HELPER or (value >= 1 and value != int(value)):
             raise InvalidInput(f"{name}={value}: expected a fraction below 1, or a count")
     private, dropped = (
         int(value) if value >= 1 else math.floor(value * holders + 1e-9)
