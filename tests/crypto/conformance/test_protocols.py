@@ -23,7 +23,7 @@ MATRIX = [
     pytest.param(
         name,
         law,
-        marks=[pytest.mark.slow] * (name in LONG or (name, law) == ("secagg-active", "exact")),
+        marks=[pytest.mark.slow] * (name in LONG or name in ("secagg-active", "paillier")),
     )
     for name in SUBJECTS
     for law in LAWS
