@@ -329,8 +329,9 @@ def learnt(inputs: NDArray[Any], views: NDArray[Any], modulus: int) -> int:
 
 
 def _centre(rows: NDArray[Any], prime: int) -> NDArray[Any]:
-    whole = np.array([[int(e) % prime for e in row] for row in rows], dtype=object)
-    return (whole[1:] - whole[:1]) % prime
+    whole: NDArray[Any] = np.array([[int(e) % prime for e in row] for row in rows], dtype=object)
+    centred: NDArray[Any] = (whole[1:] - whole[:1]) % prime
+    return centred
 
 
 def _rank(matrix: NDArray[Any], prime: int) -> int:

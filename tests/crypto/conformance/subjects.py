@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from gradleak.crypto.additive import AdditiveMpc
 from gradleak.crypto.ckks import Ckks
 from gradleak.crypto.conformance import Rehearsed
@@ -37,3 +39,7 @@ SUBJECTS = {
     "paillier": Rehearsed(Paillier(bits=512, unsafe_small_keys=True), 4, survives=2, modulus=0),
     "ckks": Rehearsed(Ckks(), 4, survives=2, modulus=0),
 }
+
+LONG = {"secagg-64", "secagg-plus", "lightsecagg-61", "additive-mpc-3", "ckks"}
+EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in SUBJECTS]
+"""Their names; those whose rounds take long, or that others resemble, for the slow tests only."""

@@ -15,7 +15,7 @@ from gradleak.crypto.protocol import HELPER
 from gradleak.crypto.wire import encode
 from gradleak.errors import InvalidInput
 from tests.crypto.conformance.drive import Round, bent, readdressed, refused
-from tests.crypto.conformance.subjects import SUBJECTS
+from tests.crypto.conformance.subjects import EACH, SUBJECTS
 
 Change = Callable[[Any], Any]
 
@@ -238,7 +238,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.subject}: {c.step}, {c.about}, {c.to}")
+ALL = [
+    pytest.param(
+        case,
+        id=f"{case.subject}: {case.step}, {case.about}, {case.to}",
+        marks=[pytest.mark.slow] * (case.subject == "ckks"),
+    )
+    for case in CASES
+]
+
+
+@pytest.mark.parametrize("case", ALL)
 def test_a_forged_message_is_refused_by_name_and_the_round_goes_on(case: Case) -> None:
     round_ = Round(SUBJECTS[case.subject])
     requests = round_.to(case.step)
@@ -314,13 +324,13 @@ class Wide(FixedPoint):
         return 2**62
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", EACH)
 def test_a_sum_that_could_overflow_is_refused_before_the_round(name: str) -> None:
     with pytest.raises(InvalidInput, match="overflow"):
         Round(replace(SUBJECTS[name], encoding=Wide()))
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", EACH)
 def test_sums_at_the_edge_are_exact(name: str) -> None:
     subject = SUBJECTS[name]
     clip = subject.encoding.clip

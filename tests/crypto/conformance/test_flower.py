@@ -74,6 +74,7 @@ def record(answer: Message) -> Any:
 # What holds.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", ["uniform", "fresh", "unseeded"])
 def test_masks_are_uniform_fresh_and_not_seeded_from_outside(law: str) -> None:
     """n = 4097 words of each of 5 clients; the laws' levels."""
@@ -144,6 +145,7 @@ def test_a_client_lost_before_the_vectors_ends_the_round() -> None:
         LAWS["exact"](FlowerSecAggPlus())
 
 
+@pytest.mark.slow
 def test_an_even_number_of_shares_ends_the_round() -> None:
     """Clients are told the number before the workflow makes it odd: 4 shares for 5 holders."""
     vectors = {c: np.zeros(3) for c in range(7)}

@@ -40,7 +40,7 @@ from gradleak.crypto.secagg_plus import SecAggPlus
 from gradleak.crypto.sharing import join
 from gradleak.crypto.wire import decode, encode
 from tests.crypto.conformance.drive import Round, bent, opened, readdressed, refused
-from tests.crypto.conformance.subjects import SUBJECTS
+from tests.crypto.conformance.subjects import EACH, SUBJECTS
 
 LENGTH = 1
 SENDING = ("masked-input", "upload")
@@ -125,7 +125,7 @@ RING = Rehearsed(SecAggPlus(neighbours=4, threshold=3, dropouts=0.2), 6, survive
 
 @pytest.mark.parametrize(
     "inside",
-    [(0, 1), (1, 3), *(pytest.param(c, marks=pytest.mark.slow) for c in coalitions(4, (0, 1, 2)))],
+    [(1, 3), *(pytest.param(c, marks=pytest.mark.slow) for c in coalitions(4, (0, 1, 2)))],
 )
 def test_fewer_than_the_threshold_and_the_server_learn_the_sum_alone(inside: Any) -> None:
     """Rank over F₂ of low bits, all coalitions below t = 3 of n = 4; false with P < 2⁻³⁰ each."""
@@ -250,7 +250,7 @@ def test_servers_learn_the_sum_unless_all_collude(inside: Any, combinations: int
     assert leaks(TRIO, servers_view, inside) == combinations
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", EACH)
 def test_no_secret_crosses_the_server_in_the_clear(name: str) -> None:
     assert not in_the_clear(SUBJECTS[name])
 

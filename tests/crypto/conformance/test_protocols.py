@@ -12,18 +12,19 @@ from gradleak.crypto.conformance import LAWS
 from gradleak.crypto.protocol import HELPER, SERVER
 from gradleak.crypto.wire import encode
 from tests.crypto.conformance.drive import Forgetful, Round, body_of, readdressed, refused
-from tests.crypto.conformance.subjects import SUBJECTS
+from tests.crypto.conformance.subjects import EACH, LONG, SUBJECTS
 
 
 def test_every_protocol_is_examined() -> None:
     assert {subject.aggregation.id for subject in SUBJECTS.values()} == set(aggregations())
 
 
-LONG = {("ckks", "exact"), ("ckks", "never_wrong"), ("secagg-64", "exact")} | {
-    (name, law) for name in ("secagg-plus", "secagg-active") for law in ("exact", "never_wrong")
-}
 MATRIX = [
-    pytest.param(name, law, marks=[pytest.mark.slow] if (name, law) in LONG else [])
+    pytest.param(
+        name,
+        law,
+        marks=[pytest.mark.slow] * (name in LONG or name in ("secagg-active", "paillier")),
+    )
     for name in SUBJECTS
     for law in LAWS
 ]
@@ -34,7 +35,7 @@ def test_a_protocol_holds_a_law(name: str, law: str) -> None:
     LAWS[law](SUBJECTS[name])
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", EACH)
 def test_what_is_kept_is_all_that_is_needed(name: str) -> None:
     """The sum and the dropouts survive parties that are made anew at every step."""
     subject = SUBJECTS[name]
@@ -62,7 +63,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", EACH)
 def test_at_every_step_a_wrong_message_is_refused_by_name_and_changes_nothing(
     name: str, case: str
 ) -> None:
@@ -85,7 +86,7 @@ def test_at_every_step_a_wrong_message_is_refused_by_name_and_changes_nothing(
     round_.finish()
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", EACH)
 def test_at_every_step_replays_reorderings_and_strangers_are_refused(name: str) -> None:
     round_, other = Round(SUBJECTS[name]), Round(SUBJECTS[name])
     last = len(round_.server.steps) - 1
