@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from gradleak.errors import InvalidInput
@@ -108,6 +108,19 @@ def checked(
         if v.is_floating_point() and not bool(v.isfinite().all()):
             raise InvalidInput(f"{what} {k!r} holds non-finite numbers")
     return values
+
+
+def content_of(reply: Message | None) -> RecordDict:
+    """What a client answered.
+
+    Raises:
+        InvalidInput: nothing, or an error.
+    """
+    if reply is None:
+        raise InvalidInput("no answer")
+    if reply.has_error():
+        raise InvalidInput(reply.error.reason or f"error {reply.error.code}")
+    return reply.content
 
 
 def size(content: RecordDict) -> int:
