@@ -127,14 +127,18 @@ class Party(ABC):
         terms: agreed.
         number: its own.
         vector: its private vector; None for a helping server.
+
+    Attributes:
+        signing: its Ed25519 secret, where the protocol signs; whoever holds it sets it.
     """
 
-    id: ClassVar[str]
-    steps: ClassVar[tuple[Step, ...]]
+    id: str
+    steps: tuple[Step, ...]
 
     def __init__(self, terms: Terms, number: int, vector: Vector | None) -> None:
         self.terms, self.number, self._vector = terms, number, vector
         self.step = 0
+        self.signing: bytes | None = None
 
     def answer(self, request: bytes) -> bytes:
         """The answer to the next step's request; a rejected request changes nothing.
@@ -188,8 +192,8 @@ class Server(ABC):
         answered: who answered, by step.
     """
 
-    id: ClassVar[str]
-    steps: ClassVar[tuple[Step, ...]]
+    id: str
+    steps: tuple[Step, ...]
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
@@ -203,10 +207,13 @@ class Server(ABC):
         if self.step == len(self.steps):
             return {}
         if self._asked is None:
-            self._asked = {
-                number: _wrap(self.id, self.terms, self.step, SERVER, message)
-                for number, message in self.ask(self.step).items()
+            asked = self.ask(self.step)
+            one_each = {id(message): message for message in asked.values()}  # many get the same
+            raw = {
+                key: _wrap(self.id, self.terms, self.step, SERVER, message)
+                for key, message in one_each.items()
             }
+            self._asked = {number: raw[id(message)] for number, message in asked.items()}
         return self._asked
 
     def receive(self, sender: int, reply: bytes) -> None:

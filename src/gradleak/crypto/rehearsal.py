@@ -50,6 +50,7 @@ def rehearse(
     drops: Mapping[int, int] | None = None,
     down: Tamper | None = None,
     up: Tamper | None = None,
+    signing: Mapping[int, bytes] | None = None,
 ) -> tuple[Total, Cost]:
     """Play one round.
 
@@ -60,6 +61,7 @@ def rehearse(
         drops: by party, the step that it no longer answers.
         down: changes requests on their way.
         up: changes answers on their way.
+        signing: secrets by client, where the protocol signs.
 
     Raises:
         Aborted: too few are left.
@@ -73,6 +75,8 @@ def rehearse(
     }
     for k in range(aggregation.helpers):
         parties[HELPER + k] = aggregation.party(terms, HELPER + k)
+    for number, secret in (signing or {}).items():
+        parties[number].signing = secret
     cost, away = Cost(), dict(drops or {})
     while True:
         began = time.process_time()
