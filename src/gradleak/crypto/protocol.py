@@ -134,11 +134,18 @@ class Party(ABC):
 
     id: str
     steps: tuple[Step, ...]
+    skipped: frozenset[int] = frozenset()
+    """Steps at which such a party is not asked."""
 
     def __init__(self, terms: Terms, number: int, vector: Vector | None) -> None:
         self.terms, self.number, self._vector = terms, number, vector
-        self.step = 0
+        self.step = self._from(0)
         self.signing: bytes | None = None
+
+    def _from(self, step: int) -> int:
+        while step in self.skipped:
+            step += 1
+        return step
 
     def answer(self, request: bytes) -> bytes:
         """The answer to the next step's request; a rejected request changes nothing.
@@ -150,9 +157,9 @@ class Party(ABC):
             raise Rejected(Reason.REPEATED, "all steps are answered")
         step = self.steps[self.step]
         message = _open(request, self.id, self.terms, self.step, SERVER, step.request)
-        reply = self.reply(self.step, message)
-        self.step += 1
-        return _wrap(self.id, self.terms, self.step - 1, self.number, reply)
+        reply = _wrap(self.id, self.terms, self.step, self.number, self.reply(self.step, message))
+        self.step = self._from(self.step + 1)
+        return reply
 
     @abstractmethod
     def reply(self, step: int, request: Any) -> object:
