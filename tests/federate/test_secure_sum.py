@@ -280,6 +280,9 @@ def test_what_cannot_work_is_refused(changes: dict[str, Any], words: str) -> Non
 
 
 AGREED = SecureSum(Agreement(Plain(), fixed_point(8.0, 24), 1000, 2, 2, "delta"))
+STEP = 2**-20 * 1000 / 6
+"""Most that a mean is off: a step of the encoding over the weight of six examples of a thousand."""
+
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "steps": torch.tensor(4)}
 
 
@@ -349,8 +352,9 @@ def test_only_the_protocol_leaves_a_client() -> None:
     for reply in grid.replies:
         assert set(reply.content) == {LETTER}
         assert set(reply.content[LETTER]) == {"reply"}
-    assert torch.equal(tensors_of(answer.content["arrays"])["weight"], STATE["weight"] + 1)
-    assert torch.equal(tensors_of(answer.content["arrays"])["steps"], STATE["steps"])
+    values = tensors_of(answer.content["arrays"])
+    assert torch.allclose(values["weight"], STATE["weight"] + 1, atol=STEP)
+    assert torch.equal(values["steps"], STATE["steps"])
     assert dict(answer.content["metrics"]) == {"num-examples": 18}
 
 
@@ -381,7 +385,7 @@ def test_protections_come_after_the_sum_or_nothing_is_sent() -> None:
     grid = InProcessGrid(app_of(*reversed(mods)), nodes=3)
     (answer,) = asked(grid, AGREED, broadcast())
     step = tensors_of(answer.content["arrays"])["weight"] - STATE["weight"]
-    assert float(step.norm()) == pytest.approx(1, abs=1e-5)
+    assert float(step.norm()) == pytest.approx(1, abs=STEP)
 
 
 @pytest.mark.parametrize(
@@ -493,7 +497,7 @@ def test_an_ordinary_strategy_gets_the_mean_and_a_recorder_the_sum(tmp_path: Pat
         grid = AGREED.at_server(grid) if mods else grid
         found[name] = tensors_of(strategy.start(grid, initial, num_rounds=2).arrays)
     assert torch.equal(found["each"]["weight"], STATE["weight"] + 2)
-    torch.testing.assert_close(found["sum"]["weight"], found["each"]["weight"])
+    assert torch.allclose(found["sum"]["weight"], found["each"]["weight"], atol=2 * STEP)
     each, summed = read_recording(tmp_path / "each"), read_recording(tmp_path / "sum")
     assert [(e.view, e.clients) for e in each] == [("client", 1)] * 8
     assert [(e.view, e.clients, e.num_examples) for e in summed] == [("aggregate", 4, 24)] * 2
@@ -537,7 +541,7 @@ def test_a_mean_is_what_is_summed() -> None:
 
 def test_what_is_clipped_is_told_to_nobody_but_the_client(caplog: pytest.LogCaptureFixture) -> None:
     agreed = Agreement(Plain(), fixed_point(0.3, 24), 10, 2, 1, "gradient")
-    assert 0.3 - agreed.encoding.clip < 2e-8
+    assert 0 <= 0.3 - agreed.encoding.clip < 2**-24
     before = {"a": torch.zeros(3), "b": torch.zeros(2)}
     vector = agreed.vector(before, {"a": torch.tensor([0.1, -5.0, 0.2])}, examples=10)
     want = torch.tensor([0.1, -0.3, 0.2, 0, 0, 0.3]).double()

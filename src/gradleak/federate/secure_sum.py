@@ -190,8 +190,11 @@ class SecureSum:
     ) -> Reals:
         """What the app makes of the server's message, as a vector."""
         _, before = weights.read(content, where="the server's message")
-        message.content = content
-        reply = train(message, context)
+        letters, message.content = message.content, content
+        try:
+            reply = train(message, context)
+        finally:
+            message.content = letters
         if reply.has_error():
             raise _NotTrained(reply)
         _, after = weights.read(reply.content, where="the client's reply")
