@@ -93,7 +93,7 @@ class Total:
 
 
 @dataclass(frozen=True)
-class _Envelope:
+class Envelope:
     """Around every message: what it belongs to, so that no other is taken for it."""
 
     protocol: bytes
@@ -104,11 +104,11 @@ class _Envelope:
 
 
 def _wrap(protocol: str, terms: Terms, step: int, sender: int, message: object) -> bytes:
-    return encode(_Envelope(protocol.encode(), terms.session, step, sender, encode(message)))
+    return encode(Envelope(protocol.encode(), terms.session, step, sender, encode(message)))
 
 
 def _open(raw: bytes, protocol: str, terms: Terms, step: int, sender: int, kind: type[Any]) -> Any:
-    found = decode(_Envelope, raw)
+    found = decode(Envelope, raw)
     if found.protocol != protocol.encode():
         raise Rejected(Reason.OTHER_PROTOCOL, f"{found.protocol!r}: expected {protocol}")
     if found.session != terms.session:
@@ -134,7 +134,7 @@ class Party(ABC):
 
     id: str
     steps: tuple[Step, ...]
-    skipped: frozenset[int] = frozenset()
+    skipped: ClassVar[frozenset[int]] = frozenset()
     """Steps at which such a party is not asked."""
 
     def __init__(self, terms: Terms, number: int, vector: Vector | None) -> None:
