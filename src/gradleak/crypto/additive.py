@@ -107,7 +107,7 @@ STEPS = (
 
 
 def _digest(share: Words) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(share, dtype="<u8")).digest()
+    return hashlib.sha256(share.astype("<u8", copy=False).tobytes()).digest()
 
 
 def _same(found: Any, expected: Any) -> None:

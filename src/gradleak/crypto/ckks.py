@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
 
-from gradleak.crypto.encoding import Integers
-from gradleak.crypto.homomorphic import (
-    Adder,
-    Cipher,
-    Homomorphic,
-    HomomorphicParty,
-    HomomorphicServer,
-)
-from gradleak.crypto.protocol import Party, Server, Terms, Vector
+from gradleak.crypto.encoding import Integers, Reals
+from gradleak.crypto.homomorphic import Adder, Cipher, Homomorphic
+from gradleak.crypto.protocol import Terms
 from gradleak.crypto.rejection import Reason, Rejected
 from gradleak.crypto.sheet import Sheet
 from gradleak.errors import InvalidInput
@@ -40,7 +35,8 @@ def _scale(terms: Terms) -> float:
     return 2.0 ** (MODULI[0] - 3 - most.bit_length())
 
 
-def _context(terms: Terms) -> Any:
+def _context(scale: float) -> Any:
+    """With a fresh secret key."""
     import tenseal
 
     context = tenseal.context(
@@ -50,7 +46,7 @@ def _context(terms: Terms) -> Any:
         n_threads=1,
         encryption_type=tenseal.ENCRYPTION_TYPE.SYMMETRIC,
     )
-    context.global_scale = _scale(terms)
+    context.global_scale = scale
     return context
 
 
@@ -62,6 +58,12 @@ def _bytes(context: Any, *, secret: bool) -> bytes:
         save_relin_keys=False,
     )
     return raw
+
+
+@cache
+def _parameters(scale: float) -> bytes:
+    """A context without any key."""
+    return _bytes(_context(scale), secret=False)
 
 
 class _Adder:
@@ -109,21 +111,13 @@ class _Cipher:
         return raw
 
     def decrypt(self, ciphertext: bytes, entries: int, clients: int) -> Integers:
-        found = np.array(self._adder.take(ciphertext).decrypt())
-        whole = np.rint(found)
+        found: Reals = np.array(self._adder.take(ciphertext).decrypt())
+        whole: Reals = np.rint(found)
         most = clients * self._terms.encoding.bound
         near = (np.abs(found - whole) <= 0.25).all() and (np.abs(whole) <= most).all()
         if not near or whole[entries:].any():
             raise Rejected(Reason.BAD_CIPHERTEXT, f"no sum of {clients} clients' integers")
         return whole[:entries].astype(np.int64)
-
-
-class CkksServer(HomomorphicServer):
-    id = "ckks"
-
-
-class CkksParty(HomomorphicParty):
-    id = "ckks"
 
 
 @dataclass(frozen=True)
@@ -133,10 +127,10 @@ class Ckks(Homomorphic):
         c = Enc(Δ·q),   Dec(Σc) = Δ·Σq + e,   released: ⌊Dec(Σc)/Δ⌉ = Σq
 
     What is encrypted are the integers q of the terms' encoding (clipped there), at the largest
-    scale Δ = 2^s that leaves the sum room in a 60-bit modulus. The noise of n fresh ciphertexts is checked
-    to be 14 standard deviations short of a quarter of a step, so the sum is exact.
+    scale Δ = 2^s that leaves the sum room in a 60-bit modulus. A quarter of a step is checked to
+    be 14 standard deviations of the noise of n fresh ciphertexts, so the sum is exact.
 
-    Decrypted CKKS values carry e, and who has them in full solves for the key from one ciphertext
+    Decrypted CKKS values carry e, and who has them in full solves for the key from two ciphertexts
     (Li and Micciancio, EUROCRYPT 2021). Nobody here gets them: what clients release is rounded to
     integers, a function of the plaintexts alone, so that no noise need be added to hide e.
 
@@ -157,7 +151,8 @@ class Ckks(Homomorphic):
         link="https://eprint.iacr.org/2016/421",
         trusts=(
             "No client hands the key to the server: one that does opens every upload. The server "
-            "passes on public keys unchanged and has one sum opened, of all who uploaded."
+            "has one sum opened, of all who uploaded, and where nobody signs passes on public "
+            "keys unchanged."
         ),
         survives=(
             "Any clients before their upload; all but one of `spares` at making the key and at "
@@ -191,7 +186,7 @@ class Ckks(Homomorphic):
 
     def make(self, terms: Terms) -> tuple[bytes, bytes]:
         """A context with its secret key; there is no public part."""
-        return _bytes(_context(terms), secret=True), b""
+        return _bytes(_context(_scale(terms)), secret=True), b""
 
     def cipher(self, terms: Terms, secret: bytes) -> Cipher:
         """Of a context with a secret key."""
@@ -204,7 +199,7 @@ class Ckks(Homomorphic):
             public = _bytes(context, secret=False)
         except (RuntimeError, ValueError) as error:
             raise Rejected(Reason.INVALID_KEY, f"no CKKS context: {error}") from error
-        if not context.has_secret_key() or public != _bytes(_context(terms), secret=False):
+        if not context.has_secret_key() or public != _parameters(_scale(terms)):
             raise Rejected(Reason.INVALID_KEY, "a context without secret key or of other terms")
         return _Cipher(context, terms)
 
@@ -214,13 +209,5 @@ class Ckks(Homomorphic):
 
         if public:
             raise Rejected(Reason.INVALID_KEY, f"{len(public)} bytes: expected none")
-        bare = tenseal.context_from(_bytes(_context(terms), secret=False))
-        return _Adder(bare, _scale(terms))
-
-    def server(self, terms: Terms) -> Server:
-        """Adds."""
-        return CkksServer(terms, self)
-
-    def party(self, terms: Terms, number: int, vector: Vector | None = None) -> Party:
-        """A client."""
-        return CkksParty(terms, number, vector, self)
+        scale = _scale(terms)
+        return _Adder(tenseal.context_from(_parameters(scale)), scale)

@@ -8,7 +8,8 @@
 
 A vector is cut into pieces, one to a ciphertext. Before each piece stand `TAGS` numbers that
 client and piece draw from a secret of the key's holders, who know what they add up to: a sum with
-a changed, missing or foreign ciphertext is refused when it is opened.
+a changed, missing or foreign ciphertext is refused when it is opened. Where the terms name
+verifying keys, keys for letters are signed: the server cannot put its own in their place.
 """
 
 from __future__ import annotations
@@ -106,6 +107,14 @@ class Homomorphic(ABC):
     def slots(self, terms: Terms) -> int:
         """Integers in a ciphertext, tags included."""
 
+    def server(self, terms: Terms) -> Server:
+        """Adds."""
+        return HomomorphicServer(terms, self)
+
+    def party(self, terms: Terms, number: int, vector: Vector | None = None) -> Party:
+        """A client; where the terms name verifying keys, set its `signing`."""
+        return HomomorphicParty(terms, number, vector, self)
+
     def check(self, terms: Terms) -> None:
         """Return if sums fit and ciphertexts have room.
 
@@ -119,6 +128,8 @@ class Homomorphic(ABC):
             raise InvalidInput(
                 f"minimum={self.minimum}: expected 2 to {len(terms.clients)}, the clients"
             )
+        if terms.verifying is not None and not set(terms.verifying) >= set(terms.clients):
+            raise InvalidInput("verifying keys of some clients only: expected all or none")
         if self.slots(terms) <= TAGS:
             raise InvalidInput(f"{self.slots(terms)} slots in a ciphertext: expected over {TAGS}")
 
@@ -210,9 +221,10 @@ class Advertise:
 
 @dataclass(frozen=True)
 class Advertised:
-    """X25519."""
+    """X25519; the signature is empty where nobody signs."""
 
     key: bytes
+    signature: bytes
 
 
 @dataclass(frozen=True)
@@ -220,6 +232,7 @@ class Make:
     """Make a key for these clients; for nobody: nothing is asked for."""
 
     keys: dict[int, bytes]
+    signatures: dict[int, bytes]
 
 
 @dataclass(frozen=True)
@@ -232,10 +245,11 @@ class Made:
 
 @dataclass(frozen=True)
 class Deliver:
-    """Whose key it is, their key for letters, and the letter."""
+    """Whose key it is, their key for letters, its signature, and the letter."""
 
     maker: int
     key: bytes
+    signature: bytes
     letter: bytes
 
 
@@ -282,6 +296,19 @@ def _complete(found: Mapping[int, bytes], count: int) -> None:
         raise Rejected(Reason.WRONG_LENGTH, f"{len(found)} pieces: expected 0 to {count - 1}")
 
 
+def _statement(protocol: str, terms: Terms, client: int, key: bytes) -> bytes:
+    return f"{protocol} letters {client} ".encode() + terms.session + key
+
+
+def _judge(protocol: str, terms: Terms, client: int, key: bytes, signature: bytes) -> None:
+    """Return if it is a client's key for letters, as far as the terms let anybody tell."""
+    if len(key) != keys.SEED:
+        raise Rejected(Reason.INVALID_KEY, f"public key of {len(key)} bytes")
+    if terms.verifying is not None:
+        statement = _statement(protocol, terms, client, key)
+        keys.verify(terms.verifying[client], signature, statement)
+
+
 def _distinct(found: Mapping[int, bytes]) -> None:
     if len(set(found.values())) < len(found):
         raise Rejected(Reason.REUSED_KEY, "two clients with one public key")
@@ -294,8 +321,9 @@ class HomomorphicServer(Server):
 
     def __init__(self, terms: Terms, scheme: Homomorphic) -> None:
         super().__init__(terms)
-        self._scheme = scheme
+        self.id, self._scheme = scheme.id, scheme
         self._keys: dict[int, bytes] = {}
+        self._signatures: dict[int, bytes] = {}
         self._made: dict[int, tuple[Made, Adder]] = {}
         self._opened: dict[int, Integers] = {}
 
@@ -304,21 +332,21 @@ class HomomorphicServer(Server):
         if step == 0:
             return {c: Advertise() for c in self.terms.clients}
         if step == 1:
-            return {c: Make(self._keys if k < spares else {}) for k, c in enumerate(self._keys)}
+            asked, idle = Make(self._keys, self._signatures), Make({}, {})
+            return {c: asked if k < spares else idle for k, c in enumerate(self._keys)}
         if step == 2:
-            letters = self._made[self._maker][0].letters
-            key = self._keys[self._maker]
-            return {c: Deliver(self._maker, key, letters[c]) for c in self.answered[1]}
+            maker, letters = self._maker, self._made[self._maker][0].letters
+            key, signature = self._keys[maker], self._signatures[maker]
+            return {c: Deliver(maker, key, signature, letters[c]) for c in self.answered[1]}
         clients = tuple(self.answered[2])
         message = Open(clients, dict(enumerate(self._running.chunks())))
         return dict.fromkeys(clients[:spares], message)
 
     def accept(self, step: int, sender: int, reply: Any) -> None:
         if step == 0:
-            if len(reply.key) != keys.SEED:
-                raise Rejected(Reason.INVALID_KEY, f"public key of {len(reply.key)} bytes")
+            _judge(self.id, self.terms, sender, reply.key, reply.signature)
             _distinct({**self._keys, sender: reply.key})
-            self._keys[sender] = reply.key
+            self._keys[sender], self._signatures[sender] = reply.key, reply.signature
         elif step == 1:
             asked = list(self._keys).index(sender) < self._scheme.spares
             if list(reply.letters) != (list(self._keys) if asked else []):
@@ -375,20 +403,35 @@ class HomomorphicParty(Party):
         self, terms: Terms, number: int, vector: Vector | None, scheme: Homomorphic
     ) -> None:
         super().__init__(terms, number, vector)
-        self._scheme, self._secret, self._letter = scheme, b"", b""
+        self.id, self._scheme = scheme.id, scheme
+        self._secret = self._letter = b""
 
     def reply(self, step: int, request: Any) -> object:
         if step == 0:
-            self._secret = keys.fresh()
-            return Advertised(keys.public_key(self._secret))
+            return self._advertise()
         if step == 1:
-            return self._make(request.keys) if request.keys else Made(b"", {})
+            return self._make(request) if request.keys else Made(b"", {})
         if step == 2:
             return self._upload(request)
         return self._open(request)
 
-    def _make(self, peers: Mapping[int, bytes]) -> Made:
+    def _advertise(self) -> Advertised:
+        secret, signature = keys.fresh(), b""
+        key = keys.public_key(secret)
+        if self.terms.verifying is not None:
+            if self.signing is None:
+                raise InvalidInput(f"client {self.number} has no signing key")
+            signature = keys.sign(self.signing, _statement(self.id, self.terms, self.number, key))
+        self._secret = secret
+        return Advertised(key, signature)
+
+    def _make(self, request: Make) -> Made:
+        peers = request.keys
         self._known(tuple(peers))
+        if list(request.signatures) != list(peers):
+            raise Rejected(Reason.WRONG_PEERS, f"signatures of {list(request.signatures)}")
+        for client, key in peers.items():
+            _judge(self.id, self.terms, client, key, request.signatures[client])
         if peers.get(self.number) != keys.public_key(self._secret):
             raise Rejected(Reason.WRONG_PEERS, "a list with another key for its reader")
         _distinct(peers)
@@ -406,6 +449,7 @@ class HomomorphicParty(Party):
     def _upload(self, request: Deliver) -> Upload:
         if request.maker not in self.terms.clients:
             raise Rejected(Reason.WRONG_PEERS, f"a key of {request.maker}, no client")
+        _judge(self.id, self.terms, request.maker, request.key, request.signature)
         shared = self._shared(request.key, request.maker)
         context = self._context(request.maker, self.number)
         letter = keys.unseal(shared, request.letter, context=context)

@@ -10,14 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gradleak.crypto.encoding import Integers
-from gradleak.crypto.homomorphic import (
-    Adder,
-    Cipher,
-    Homomorphic,
-    HomomorphicParty,
-    HomomorphicServer,
-)
-from gradleak.crypto.protocol import Party, Server, Terms, Vector
+from gradleak.crypto.homomorphic import Adder, Cipher, Homomorphic
+from gradleak.crypto.protocol import Terms
 from gradleak.crypto.rejection import Reason, Rejected
 from gradleak.crypto.sheet import Sheet
 from gradleak.errors import InvalidInput
@@ -94,14 +88,6 @@ class _Cipher:
         return np.array(digits, np.int64) - np.int64(most // 2)
 
 
-class PaillierServer(HomomorphicServer):
-    id = "paillier"
-
-
-class PaillierParty(HomomorphicParty):
-    id = "paillier"
-
-
 @dataclass(frozen=True)
 class Paillier(Homomorphic):
     """Aggregation under a Paillier key of the round, shared by its clients.
@@ -132,7 +118,8 @@ class Paillier(Homomorphic):
         link="https://www.usenix.org/conference/atc20/presentation/zhang-chengliang",
         trusts=(
             "No client hands the key to the server: one that does opens every upload. The server "
-            "passes on public keys unchanged and has one sum opened, of all who uploaded."
+            "has one sum opened, of all who uploaded, and where nobody signs passes on public "
+            "keys unchanged."
         ),
         survives=(
             "Any clients before their upload; all but one of `spares` at making the key and at "
@@ -180,11 +167,3 @@ class Paillier(Homomorphic):
         if len(public) != self.bits // 8 or n.bit_length() != self.bits or n % 2 == 0:
             raise Rejected(Reason.INVALID_KEY, f"n of {n.bit_length()} bits: expected {self.bits}")
         return _Adder(n, self.bits // 4)
-
-    def server(self, terms: Terms) -> Server:
-        """Adds."""
-        return PaillierServer(terms, self)
-
-    def party(self, terms: Terms, number: int, vector: Vector | None = None) -> Party:
-        """A client."""
-        return PaillierParty(terms, number, vector, self)
