@@ -10,6 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from gradleak.crypto import keys
 from gradleak.crypto.encoding import Integers
+from gradleak.crypto.rejection import Reason, Rejected
+from gradleak.crypto.wire import Words
 
 Residues = NDArray[np.uint64]
 
@@ -41,8 +43,27 @@ class Field:
 
     def residues(self, integers: Integers | Iterable[int]) -> Residues:
         """Residues of integers between −modulus and modulus, both excluded."""
-        words = np.asarray(integers, dtype=np.int64).view(np.uint64)
-        return np.minimum(words, words + np.uint64(self.modulus))  # negative ones wrap round
+        words = np.asarray(integers, dtype=np.int64).view(np.uint64)  # negative ones are huge
+        found: Residues = np.minimum(words, words + np.uint64(self.modulus))
+        return found
+
+    def write(self, residues: Residues) -> Words:
+        """Residues in the narrowest words, as they are sent."""
+        return residues.astype(np.uint32) if self.word is np.uint32 else residues
+
+    def read(self, words: Words, length: int) -> Residues:
+        """Residues that arrived.
+
+        Raises:
+            Rejected: WRONG_LENGTH, MALFORMED (another word), or OUT_OF_RANGE.
+        """
+        if len(words) != length:
+            raise Rejected(Reason.WRONG_LENGTH, f"{len(words)} words: expected {length}")
+        if words.itemsize != self.word().itemsize:
+            raise Rejected(Reason.MALFORMED, f"{words.dtype} words: expected {self.word.__name__}")
+        if (words >= self.modulus).any():
+            raise Rejected(Reason.OUT_OF_RANGE, f"words modulo {self.modulus} that exceed it")
+        return words.astype(np.uint64)
 
     def uniform(self, seed: bytes, count: int) -> Residues:
         """Residues drawn from a seed's key stream, those that are none being skipped."""
@@ -59,13 +80,15 @@ class Field:
 
     def add(self, a: ArrayLike, b: ArrayLike) -> Residues:
         """a + b."""
-        total: Residues = np.add(a, b, dtype=np.uint64)
-        return np.minimum(total, total - np.uint64(self.modulus))
+        total = np.add(a, b, dtype=np.uint64)
+        found: Residues = np.minimum(total, total - np.uint64(self.modulus))
+        return found
 
     def sub(self, a: ArrayLike, b: ArrayLike) -> Residues:
         """a − b."""
-        difference: Residues = np.subtract(a, b, dtype=np.uint64)
-        return np.minimum(difference, difference + np.uint64(self.modulus))
+        difference = np.subtract(a, b, dtype=np.uint64)
+        found: Residues = np.minimum(difference, difference + np.uint64(self.modulus))
+        return found
 
     def mul(self, a: ArrayLike, b: ArrayLike) -> Residues:
         """a · b.
@@ -127,7 +150,7 @@ class Field:
             bits   limbs of a   limbs of b   terms
               31       1 × 31       2 × 16     128
               50       2 × 25       3 × 17    4096
-              61       3 × 21       3 × 21    4096
+              61       3 × 21       3 × 21    2048, as up to three are of equal place
         """
         (n, k), m = a.shape, b.shape[1]
         left, right, terms = _CUTS[31 if self.bits <= 31 else 50 if self.bits <= 50 else 61]
@@ -162,17 +185,24 @@ class Field:
         if self.bits <= 31:  # |residue·2¹⁶ + low| < 2⁴⁷ + 2⁵² still is exact
             high = self._reduced(rows[0] @ columns[1])
             return self._reduced(high * 2.0**w + rows[0] @ columns[0]).astype(np.uint64)
-        outer = np.zeros((len(rows[0]), columns[0].shape[1]), np.uint64)
-        for row in reversed(rows):
-            inner = np.zeros_like(outer)
-            for column in reversed(columns):
-                part = row @ column
-                if self.bits <= 50:
-                    part = self._reduced(part)
-                whole = self.residues(part.astype(np.int64))
-                inner = self.add(self.mul(inner, 2**w), whole)
-            outer = self.add(self.mul(outer, 2**u), inner)
-        return outer
+        parts: dict[int, NDArray[np.float64]] = {}
+        for i, row in enumerate(rows):
+            for j, column in enumerate(columns):
+                parts[u * i + w * j] = parts.get(u * i + w * j, 0.0) + row @ column
+        found: Residues = np.zeros((len(rows[0]), columns[0].shape[1]), np.uint64)
+        above = max(parts)
+        for shift in sorted(parts, reverse=True):
+            part = parts[shift] if self.modulus == _MERSENNE else self._reduced(parts[shift])
+            found = self._shifted(found, above - shift)
+            found, above = self.add(found, self.residues(part.astype(np.int64))), shift
+        return found
+
+    def _shifted(self, a: Residues, places: int) -> Residues:
+        """a · 2^places, below 2⁶¹; modulo 2⁶¹ − 1, bits go round."""
+        if self.modulus != _MERSENNE:
+            return self.mul(a, 2**places)
+        up, down = np.uint64(places), np.uint64(61 - places)
+        return ((a << up) & np.uint64(_MERSENNE)) | (a >> down)
 
     def _reduced(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """Residues below 2⁵⁰ of integers below 2⁵³; the guessed quotient is off by at most one."""
@@ -185,7 +215,7 @@ class Field:
 _CUTS = {
     31: ((1, 31), (2, 16), 128),
     50: ((2, 25), (3, 17), 4096),
-    61: ((3, 21), (3, 21), 4096),
+    61: ((3, 21), (3, 21), 2048),
 }
 
 
