@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import gradleak as gl
+from gradleak.attacks.parts.distances import squared_l2
 from gradleak.attacks.parts.known_labels import labels_to_match
+from gradleak.attacks.parts.matching import Matching
 from gradleak.data import load
 from gradleak.defenses import (
     GaussianNoise,
@@ -149,6 +151,23 @@ def test_label_smoothing_is_torchs(size: int) -> None:
     for claim in (batch, soft):
         assert norm(difference(client.predict(sent, STATE, claim), sent)) < 1e-12
     assert norm(difference(FedSGD().mean(STATE, batch), sent)) > 1e-2 * norm(sent)
+
+
+def test_searches_see_smoothing_as_a_loss_and_take_the_fast_road() -> None:
+    """By closed forms, as by double backward: the distance is zero at the truth alone."""
+    digits = load("digits")
+    state = ModelState.of(build_model("lenet", digits.spec, seed=0))
+    scenario = gl.Scenario(digits, state, LabelSmoothing(share=0.3)(FedSGD()), batch_size=2)
+    seen, truth = gl.simulate(scenario, generator=stream(1))
+    fit = Matching([seen], squared_l2, dtype=torch.float64)
+    assert fit.fast is not None
+    inputs, labels = truth.batch.inputs[None].double(), truth.batch.labels[None]
+    soft = torch.nn.functional.one_hot(labels, 10).double() * 0.7 + 0.03
+    for claim in (labels, soft):
+        assert float(fit.fast(inputs, claim, [0])) < 1e-9
+    wrong = (labels + 1) % 10
+    expected = fit.one(inputs[0], wrong[0], fit.received[0])
+    assert float(fit.fast(inputs, wrong, [0])) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_noise_around_smoothed_labels_keeps_its_density() -> None:

@@ -11,13 +11,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gradleak.defenses.sheet import Sheet
-from gradleak.defenses.wrapped import Memory, Wrapped, undefended
+from gradleak.defenses.wrapped import Counted, Wrapped, undefended
 from gradleak.errors import IntractableLikelihood, InvalidInput
 from gradleak.mechanisms.client import check_positive, own_buffers, template
 from gradleak.seeding import normal
 from gradleak.types import Batch, Mechanism, ModelState, Observation, Update
-
-_ROUND = "round"
 
 
 @dataclass(frozen=True)
@@ -102,30 +100,27 @@ class Censor:
 
 
 @dataclass(frozen=True)
-class _Turned(Wrapped):
+class _Turned(Counted):
     rule: Censor
-
-    @property
-    def deterministic(self) -> bool:
-        return False
 
     def mean(self, state: ModelState, batch: Batch) -> Update:
         raise IntractableLikelihood("censor: the mean of the best of several has no closed form")
 
-    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
-        return self.advance(state, batch, {}, generator=generator)[0]
-
-    def advance(
-        self, state: ModelState, batch: Batch, memory: Memory, *, generator: torch.Generator
-    ) -> tuple[Update, Memory]:
-        rule, clean = self.rule, self.inner.sample(state, batch, generator=generator)
-        number = memory.get(_ROUND, torch.tensor(0))
-        kept = {_ROUND: number + 1}
-        if rule.rounds is not None and int(number) >= rule.rounds:
-            return clean, kept
+    def sent(
+        self,
+        clean: Update,
+        state: ModelState,
+        batch: Batch,
+        *,
+        earlier: int,
+        generator: torch.Generator,
+    ) -> Update:
+        rule = self.rule
+        if rule.rounds is not None and earlier >= rule.rounds:
+            return clean
         drawn = [rule.turned(clean.values, generator) for _ in range(rule.trials)]
         best = min(drawn, key=lambda one: self._loss(state, batch, one))
-        return Update(best, clean.kind), kept
+        return Update(best, clean.kind)
 
     def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
         """Lengths, and what of the claim lies along what should be orthogonal to it.

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
 
 from gradleak.defenses.encoded import soft_labels
 from gradleak.defenses.sheet import Sheet
-from gradleak.defenses.wrapped import Noise, Wrapped, noised
+from gradleak.defenses.wrapped import Noise, Wrapped, noised, rebased, undefended
 from gradleak.errors import InvalidInput
+from gradleak.mechanisms.client import Loss
 from gradleak.types import Batch, Likelihood, Mechanism, ModelState, Update
 
 
@@ -69,6 +72,12 @@ class _Smoothed(Wrapped):
     def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
         return self.inner.predict(received, state, self._smooth(state, batch))
 
+    def seen_through(self) -> Mechanism | None:
+        loss = getattr(undefended(self.inner), "loss", None)
+        if loss is None:
+            return None
+        return rebased(self.inner, loss=SmoothedLoss(loss, self.rule.share))
+
     def likelihood(self, *, batch_size: int) -> Likelihood:
         known = self.inner.likelihood(batch_size=batch_size)
         return Likelihood(_Smoothed(known.centre, self.rule), known.density)
@@ -80,5 +89,22 @@ class _Smoothed(Wrapped):
     def _smooth(self, state: ModelState, batch: Batch) -> Batch:
         if batch.labels.ndim == 2:
             return batch
-        hard = soft_labels(state, batch)
-        return Batch(batch.inputs, (1 - self.rule.share) * hard + self.rule.share / hard.shape[1])
+        return Batch(batch.inputs, smoothed(soft_labels(state, batch), self.rule.share))
+
+
+@dataclass(frozen=True)
+class SmoothedLoss:
+    """ℓ(z, (1 − share) y + share / K) for classes y; soft labels are taken as they are."""
+
+    loss: Loss
+    share: float
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if labels.ndim == 1:
+            labels = smoothed(one_hot(labels, logits.shape[1]).to(logits), self.share)
+        return self.loss(logits, labels)
+
+
+def smoothed(rows: Tensor, share: float) -> Tensor:
+    """Rows of class probabilities, `share` of their mass spread evenly."""
+    return (1 - share) * rows + share / rows.shape[1]

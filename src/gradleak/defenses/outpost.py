@@ -11,12 +11,10 @@ from torch import Tensor
 
 from gradleak.defenses.sheet import Sheet
 from gradleak.defenses.sparsify import TopK
-from gradleak.defenses.wrapped import Memory, Wrapped
+from gradleak.defenses.wrapped import Counted
 from gradleak.errors import IntractableLikelihood, InvalidInput
 from gradleak.seeding import normal
 from gradleak.types import Batch, Exchange, Mechanism, ModelState, Observation, Update
-
-_ROUND = "round"
 
 
 @dataclass(frozen=True)
@@ -107,12 +105,8 @@ def _nonzero(exchange: Exchange) -> int:
 
 
 @dataclass(frozen=True)
-class _Perturbed(Wrapped):
+class _Perturbed(Counted):
     rule: Outpost
-
-    @property
-    def deterministic(self) -> bool:
-        return False
 
     def mean(self, state: ModelState, batch: Batch) -> Update:
         if not self.inner.deterministic:
@@ -120,23 +114,24 @@ class _Perturbed(Wrapped):
         clean = self.inner.mean(state, batch)
         return Update(self.rule.top.map(clean.values), clean.kind)
 
-    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
-        return self.advance(state, batch, {}, generator=generator)[0]
-
-    def advance(
-        self, state: ModelState, batch: Batch, memory: Memory, *, generator: torch.Generator
-    ) -> tuple[Update, Memory]:
-        rule, clean = self.rule, self.inner.sample(state, batch, generator=generator)
-        number = memory.get(_ROUND, torch.tensor(0))
-        kept: Memory = {_ROUND: number + 1}
+    def sent(
+        self,
+        clean: Update,
+        state: ModelState,
+        batch: Batch,
+        *,
+        earlier: int,
+        generator: torch.Generator,
+    ) -> Update:
+        rule = self.rule
         coin = float(torch.rand((), generator=generator, dtype=torch.float64))
-        if coin >= 1 / (1 + rule.decay * int(number)):
-            return clean, kept
+        if coin >= 1 / (1 + rule.decay * earlier):
+            return clean
         sent, loud, stds = rule.top.map(clean.values), rule.loud(clean.values), rule.stds(state)
         for k, v in sent.items():
             noise = normal(v.shape, generator=generator, dtype=v.dtype).to(v.device)
             sent[k] = v + stds[k] * noise * loud[k]
-        return Update(sent, clean.kind), kept
+        return Update(sent, clean.kind)
 
     def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
         """Exact values where these were sent; noisy columns weigh less the noisier they are.

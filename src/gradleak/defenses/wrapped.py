@@ -167,6 +167,11 @@ class Wrapped(Likely):
     def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
         return self.inner.predict(received, state, batch)
 
+    def seen_through(self) -> Mechanism | None:
+        """A mechanism without this layer that predicts the same; None where there is none."""
+        own = type(self).__mro__[: type(self).__mro__.index(Wrapped)]
+        return None if any("predict" in vars(kind) for kind in own) else self.inner
+
     def spent(self, state: ModelState) -> frozenset[str]:
         return self.inner.spent(state)
 
@@ -313,6 +318,39 @@ class Remembering(Protocol):
     ) -> tuple[Update, Memory]:
         """Send one round's update, and return what the client keeps for the next."""
         ...
+
+
+@dataclass(frozen=True)
+class Counted(Wrapped):
+    """A random layer that treats later rounds otherwise: its clients count them."""
+
+    @property
+    def deterministic(self) -> bool:
+        return False
+
+    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
+        return self.advance(state, batch, {}, generator=generator)[0]
+
+    def advance(
+        self, state: ModelState, batch: Batch, memory: Memory, *, generator: torch.Generator
+    ) -> tuple[Update, Memory]:
+        """One round, and the number of rounds so far."""
+        clean = self.inner.sample(state, batch, generator=generator)
+        number = memory.get("round", torch.tensor(0))
+        sent = self.sent(clean, state, batch, earlier=int(number), generator=generator)
+        return sent, {"round": number + 1}
+
+    def sent(
+        self,
+        clean: Update,
+        state: ModelState,
+        batch: Batch,
+        *,
+        earlier: int,
+        generator: torch.Generator,
+    ) -> Update:
+        """What is made of the layer inside's update, `earlier` rounds after the first."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

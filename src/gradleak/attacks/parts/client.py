@@ -17,11 +17,13 @@ from gradleak.types import Mechanism, ModelState
 def plain_client(mechanism: Mechanism) -> FedSGD | None:
     """The FedSGD client whose gradient `mechanism` predicts, if it predicts a plain gradient.
 
-    Protections that leave predictions alone (additive noise) are looked through.
+    Protections that leave predictions alone (additive noise), or that another loss stands for, are
+    looked through.
     """
-    while isinstance(mechanism, Wrapped) and "predict" not in _overridden(type(mechanism)):
-        mechanism = mechanism.inner
-    return mechanism if type(mechanism) is FedSGD else None
+    inside: Mechanism | None = mechanism
+    while isinstance(inside, Wrapped):
+        inside = inside.seen_through()
+    return inside if type(inside) is FedSGD else None
 
 
 def loaded(model: nn.Module, state: ModelState, *, trained: bool) -> nn.Module:
@@ -54,9 +56,3 @@ def differentiable_twice() -> AbstractContextManager[None]:
     """Attention in plain operations: its fused kernels cannot be differentiated twice."""
     plain: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
     return plain
-
-
-def _overridden(kind: type[Wrapped]) -> set[str]:
-    """Names that a protection defines anew."""
-    below = kind.__mro__[: kind.__mro__.index(Wrapped)]
-    return {name for cls in below for name in vars(cls)}

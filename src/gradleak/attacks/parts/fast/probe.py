@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import types
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -150,6 +151,8 @@ def _setting(value: Any, first: Mapping[int, str]) -> Hashable:
         return value
     if isinstance(value, Mapping):
         return type(value), _settings(value, first)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value), _settings(vars(value), first)
     if isinstance(value, list | tuple | set | frozenset):
         return type(value), tuple(_setting(v, first) for v in value)
     raise TypeError(f"{type(value).__name__} is not a plain setting")
