@@ -16,7 +16,7 @@ from gradleak.crypto import Aggregation, FixedPoint, Terms, Total
 from gradleak.crypto.encoding import Reals
 from gradleak.crypto.protocol import SESSION
 from gradleak.errors import InvalidInput
-from gradleak.federate.weights import Weights
+from gradleak.federate.weights import STATISTICS, Weights
 from gradleak.mechanisms.client import check_positive
 from gradleak.registry import describe
 from gradleak.types import UpdateKind
@@ -87,7 +87,9 @@ class Agreement:
         if clients < self.least:
             raise InvalidInput(f"a sum over {clients} clients: expected at least {self.least}")
         self.aggregation.check(
-            self.terms(bytes(SESSION), tuple(range(clients)), length=length(before), digest=b"")
+            self.terms(
+                bytes(SESSION), tuple(range(clients)), length=self.length(before), digest=b""
+            )
         )
 
     def vector(self, before: Weights, after: Weights, *, examples: float) -> Reals:
@@ -120,15 +122,26 @@ class Agreement:
                 f"sum of weights {weight:g} of {clients} clients: not one of weights"
             )
         values, at, made = total.values[:-1] / weight, 0, {}
-        for name, old in _numbers(before).items():
+        for name, old in self._numbers(before).items():
             mean = torch.from_numpy(values[at : (at := at + old.numel())]).reshape(old.shape)
             made[name] = (old.double() + mean if self.kind == "delta" else mean).to(old.dtype)
         whole = before if self.kind == "delta" else {}
         return whole | made, round(weight * self.most_examples)
 
+    def length(self, before: Weights) -> int:
+        """Of the vectors: the numbers that are summed, and a weight."""
+        return sum(v.numel() for v in self._numbers(before).values()) + 1
+
+    def _numbers(self, before: Weights) -> Weights:
+        """The server's floating-point tensors; gradients have no running estimates."""
+        floats = {k: v for k, v in before.items() if v.is_floating_point()}
+        if self.kind == "delta":
+            return floats
+        return {k: v for k, v in floats.items() if not k.endswith(STATISTICS)}
+
     def _update(self, before: Weights, after: Weights) -> Weights:
         """The change of every floating-point tensor; gradients that are not replied are zero."""
-        names = _numbers(before)
+        names = self._numbers(before)
         strange = after.keys() - before.keys()
         missing = names.keys() - after.keys() if self.kind == "delta" else set()
         if strange or missing:
@@ -147,15 +160,6 @@ class Agreement:
             if not bool(update[name].isfinite().all()):
                 raise InvalidInput(f"{name!r} holds NaN or infinite values after training")
         return update
-
-
-def length(before: Weights) -> int:
-    """Of the vectors: every floating-point number of the server's, and a weight."""
-    return sum(v.numel() for v in _numbers(before).values()) + 1
-
-
-def _numbers(before: Weights) -> Weights:
-    return {k: v for k, v in before.items() if v.is_floating_point()}
 
 
 def fixed_point(clip: float, bits: int) -> FixedPoint:

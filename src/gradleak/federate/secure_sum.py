@@ -24,7 +24,6 @@ from gradleak.federate.agreement import (
     Agreement,
     digest_of,
     fixed_point,
-    length,
     letter,
 )
 from gradleak.federate.client_mod import Train
@@ -173,7 +172,7 @@ class SecureSum:
             digest, size = _entry(told, "digest", bytes), _entry(told, "length", int)
         else:
             _, before = weights.read(content, where="the server's message")
-            digest, size = digest_of(content), length(before)
+            digest, size = digest_of(content), agreed.length(before)
         if len(clients) < agreed.least or number not in (
             [HELPER + helper] if helper >= 0 else clients
         ):

@@ -18,10 +18,13 @@ from gradleak.crypto import Aborted, Rejected, Total
 from gradleak.crypto.protocol import HELPER, SESSION
 from gradleak.errors import InvalidInput
 from gradleak.federate import weights
-from gradleak.federate.agreement import LETTER, Agreement, digest_of, length
+from gradleak.federate.agreement import LETTER, Agreement, digest_of
 from gradleak.federate.records import EXAMPLES, METRICS, arrays_of, content_of, size
 
 T = TypeVar("T")
+
+PATIENCE = 60.0
+"""Seconds that a node has to say whether it is a helping server."""
 
 _log = logging.getLogger(__name__)
 
@@ -129,7 +132,7 @@ class SumGrid(Grid):  # type: ignore[misc]
             return nodes
         content = RecordDict({LETTER: ConfigRecord()})
         unknown = [Message(content, n, MessageType.TRAIN) for n in nodes if n not in self._helpers]
-        for answer in self._grid.send_and_receive(unknown) if unknown else ():
+        for answer in self._grid.send_and_receive(unknown, timeout=PATIENCE) if unknown else ():
             with contextlib.suppress(InvalidInput):
                 told = _told(content_of(answer), "helper", int)
                 self._helpers[answer.metadata.src_node_id] = told
@@ -175,7 +178,7 @@ class SumGrid(Grid):  # type: ignore[misc]
         agreed, played, broadcast = self._agreed, self.played, asked[0].content
         nodes = dict(enumerate(sorted(m.metadata.dst_node_id for m in asked)))
         clients, nonce = tuple(nodes), secrets.token_bytes(SESSION)
-        digest, entries = digest_of(broadcast), length(before)
+        digest, entries = digest_of(broadcast), agreed.length(before)
         terms = agreed.terms(nonce, clients, length=entries, digest=digest)
         agreed.aggregation.check(terms)
         first = {
