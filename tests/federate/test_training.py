@@ -64,6 +64,9 @@ def test_records_hold_what_flower_would_write_and_read() -> None:
         assert torch.equal(tensors_of(plain)[name], value)
     across = arrays_of({"a": values["a"].T})
     assert torch.equal(tensors_of(across)["a"], values["a"].T)
+    config = ConfigRecord({"n": 1, "word": "abc", "raw": b"ab", "on": True, "many": [1.5, 2.0]})
+    assert size(RecordDict({"config": config})) == config.count_bytes()
+    assert size(RecordDict({"config": ConfigRecord({"empty": b"", "none": []})})) == 9
     assert size(RecordDict({"arrays": ours})) == sum(len(a.data) + 1 for a in ours.values())
 
 

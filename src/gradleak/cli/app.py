@@ -358,6 +358,16 @@ def train_command(
     defense: Annotated[
         str | None, _option("protections of every client, ID:field=value,... [none]", _TRAINED)
     ] = None,
+    aggregation: Annotated[
+        str | None,
+        _option("protocol that shows the server a sum only, ID:field=value,... [none]", _TRAINED),
+    ] = None,
+    aggregation_clip: Annotated[
+        float | None, _option("larger numbers are cut to it there [8]", _TRAINED)
+    ] = None,
+    aggregation_bits: Annotated[
+        int | None, _option("of a number there, sign included [24]", _TRAINED)
+    ] = None,
     clients: Annotated[int | None, _option("how many share the data [10]", _TRAINED)] = None,
     rounds: Annotated[int | None, _option("of training [100]", _TRAINED)] = None,
     batch_size: Annotated[

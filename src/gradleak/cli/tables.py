@@ -55,15 +55,20 @@ def print_training(training: Mapping[str, Any], directory: Path) -> None:
     def mean(name: str) -> float:
         return sum(float(r[name]) for r in rounds) / len(rounds)
 
+    told = {name for r in rounds for name, value in r.items() if value is not None}
+
     table = Table(box=None, pad_edge=False, show_header=False)
     settings = training["settings"]
     table.add_row("training", f"{settings['data']}, {settings['model']}, {settings['mechanism']}")
     table.add_row("protection", settings["defense"])
+    table.add_row("aggregation", settings.get("aggregation", "none"))
     table.add_row("clients", f"{settings['clients']}, {settings['partition']}")
     table.add_row("accuracy", f"{training['accuracy']:.2%} of {training['test_examples']} examples")
     table.add_row("rounds", str(len(rounds)))
-    for name, unit in (("seconds", "s"), ("client_seconds", "s CPU"), ("server_seconds", "s CPU")):
-        table.add_row(f"{name.replace('_', ' ')} per round", f"{mean(name):.3g} {unit}")
+    for name in ("seconds", "client_seconds", "server_seconds", "aggregation_seconds"):
+        if name in told:
+            unit = "s" if name == "seconds" else "s CPU"
+            table.add_row(f"{name.replace('_', ' ')} per round", f"{mean(name):.3g} {unit}")
     for name in ("bytes_up", "bytes_down"):
         table.add_row(f"{name.replace('_', ' ')} per round", f"{mean(name):.0f}")
     failed = sum(len(r["failed"]) for r in rounds)

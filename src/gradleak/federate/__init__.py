@@ -2,5 +2,6 @@
 
 from gradleak.federate.client_mod import client_update, protect
 from gradleak.federate.recording import record
+from gradleak.federate.secure_sum import secure_sum
 
-__all__ = ["client_update", "protect", "record"]
+__all__ = ["client_update", "protect", "record", "secure_sum"]

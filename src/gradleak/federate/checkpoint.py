@@ -26,6 +26,9 @@ from gradleak.types import ModelState
 RECORD, CHECKPOINT, MODEL = "training.json", "checkpoint.safetensors", "model.safetensors"
 SCHEMA_VERSION = 1
 
+_LATER = {"aggregation": "none", "aggregation_clip": 8.0, "aggregation_bits": 24}
+"""Settings that records of earlier versions leave out."""
+
 
 class Checkpoint:
     """One training's directory.
@@ -90,6 +93,8 @@ class Checkpoint:
         if not isinstance(found, dict) or not isinstance(found.get("rounds"), list):
             raise CorruptFile(f"{str(path)!r} is not the record of a training")
         mine, other = json.loads(jsonsafe.dumps(self.record["settings"])), found.get("settings")
+        if isinstance(other, dict):
+            other = _LATER | other
         if mine != other:
             names = [k for k in mine if not isinstance(other, dict) or mine[k] != other.get(k)]
             raise InvalidInput(

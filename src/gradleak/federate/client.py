@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import Mod
+from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import Tensor
 
 from gradleak.defenses import advanced, rebased, undefended
@@ -48,10 +48,19 @@ def client_app(settings: TrainSettings | None = None, *, mods: Sequence[Mod] = (
         settings: of the training; None reads them from `context.run_config`.
         mods: Flower's modifiers, the outermost first.
     """
-    app = ClientApp(mods=list(mods))
+
+    def agreed(context: Context) -> Federation:
+        return federation(settings or TrainSettings.of(context.run_config))
+
+    def summed(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        """Answer for a secure sum, where the settings ask for one."""
+        secure = agreed(context).secure_sum
+        return secure(message, context, call_next) if secure else call_next(message, context)
+
+    app = ClientApp(mods=[*mods, summed])
 
     def place(context: Context) -> tuple[Federation, int]:
-        made = federation(settings or TrainSettings.of(context.run_config))
+        made = agreed(context)
         client = int(context.node_config["partition-id"])
         if not 0 <= client < len(made.parts):
             raise InvalidInput(f"partition-id {client}: expected 0 to {len(made.parts) - 1}")

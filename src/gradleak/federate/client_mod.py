@@ -16,13 +16,12 @@ from gradleak.errors import GradleakError, InvalidInput, NotApplicable
 from gradleak.federate import weights
 from gradleak.federate.records import arrays_of, tensors_of
 from gradleak.federate.secrecy import secret_generator
-from gradleak.federate.weights import Weights
+from gradleak.federate.weights import STATISTICS, Weights
 from gradleak.types import Batch, Mechanism, ModelState, Update, UpdateKind
 
 Train = Callable[[Message, Context], Message]
 Mod = Callable[[Message, Context, Train], Message]
 
-_STATISTICS = (".running_mean", ".running_var")
 _log = logging.getLogger(__name__)
 
 
@@ -158,7 +157,7 @@ def _told(client: Mechanism, public: Batch | None) -> Mechanism:
 
 def _numbers(before: Weights, after: Weights, *, kind: UpdateKind) -> list[str]:
     """Names of the tensors that are protected, in the order of the reply."""
-    names = [k for k, v in after.items() if v.is_floating_point() and not k.endswith(_STATISTICS)]
+    names = [k for k, v in after.items() if v.is_floating_point() and not k.endswith(STATISTICS)]
     missing = sorted(before.keys() - after.keys()) if kind == "delta" else []
     unknown = sorted(after.keys() - before.keys())
     if missing or unknown:

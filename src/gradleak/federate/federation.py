@@ -15,6 +15,8 @@ from gradleak import data, defenses, models, registry
 from gradleak.data import Dataset
 from gradleak.defenses import advanced, undefended
 from gradleak.errors import InvalidInput, NotApplicable
+from gradleak.federate.records import stored
+from gradleak.federate.secure_sum import SecureSum, secure_sum
 from gradleak.federate.settings import MECHANISMS, TrainSettings
 from gradleak.federate.topology import Edges, Star
 from gradleak.mechanisms import FedAvg, FedSGD
@@ -39,6 +41,7 @@ class Federation:
         public: indices of examples that are no client's.
         mechanism: local training with its protections.
         initial: state before the first round.
+        secure_sum: under which the server sees a sum only; None where it sees every update.
     """
 
     settings: TrainSettings
@@ -47,6 +50,7 @@ class Federation:
     public: Tensor
     mechanism: Mechanism
     initial: ModelState
+    secure_sum: SecureSum | None
 
     def stream(self, name: str) -> torch.Generator:
         """Draws that derive from the seed."""
@@ -59,6 +63,11 @@ class Federation:
         if isinstance(settings.graph, Star):
             return ()
         return settings.graph.edges(settings.clients, seed=derive(settings.seed, "graph"))
+
+    @property
+    def helpers(self) -> int:
+        """Nodes besides the clients."""
+        return 0 if self.secure_sum is None else self.secure_sum.agreed.aggregation.helpers
 
     def batch(self, client: int, server_round: int) -> Batch:
         """The examples that a client draws in a round."""
@@ -114,6 +123,21 @@ def federation(settings: TrainSettings) -> Federation:
     )
     core = registry.build("mechanism", settings.mechanism, MECHANISMS)
     client = defenses.build(settings.defense)(core)
+    initial = ModelState.of(
+        models.build(settings.model, dataset.spec, seed=derive(settings.seed, "model"))
+    )
+    most = max(map(len, parts))
+    summed = None
+    if settings.aggregation != "none":
+        summed = secure_sum(
+            settings.aggregation,
+            clip=settings.aggregation_clip,
+            bits=settings.aggregation_bits,
+            most_examples=min(settings.batch_size or most, most),
+            least=max(2, settings.min_clients),
+            kind=core.kind,
+        )
+        summed.agreed.check(settings.asked(settings.clients), stored(initial))
     return _tried(
         Federation(
             settings,
@@ -121,9 +145,8 @@ def federation(settings: TrainSettings) -> Federation:
             tuple(halves.clients[part] for part in parts),
             halves.public,
             told(client, dataset, halves.public),
-            ModelState.of(
-                models.build(settings.model, dataset.spec, seed=derive(settings.seed, "model"))
-            ),
+            initial,
+            summed,
         )
     )
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
+from gradleak.federate.client import NODE
 from gradleak.federate.federation import Federation
-from gradleak.federate.records import arrays_of, mixed, moved, state_of, stored
-from gradleak.federate.server import Rounds
+from gradleak.federate.records import CONFIG, arrays_of, mixed, moved, state_of, stored
+from gradleak.federate.server import Good, Rounds
 from gradleak.federate.topology import metropolis
 from gradleak.run.recordings import Entry, keep
 from gradleak.types import ModelState, Update
@@ -50,15 +51,12 @@ class Neighbours(Rounds):
         """Neighbours always exchange states."""
         return False
 
-    def letter(self, number: int, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
+    def letter(self, number: int, arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
         """A client's own state and those of its neighbours, by number."""
-        return {str(i): self._records[i] for i in (number, *self.made.edges[number])}
+        known = {str(i): self._records[i] for i in (number, *self.made.edges[number])}
+        return RecordDict({**known, CONFIG: ConfigRecord({**config, NODE: number})})
 
-    def combine(
-        self,
-        good: Mapping[int, tuple[Mapping[str, Tensor], float]],
-        sent: RecordDict,
-    ) -> ModelState:
+    def combine(self, good: Good, sent: RecordDict) -> ModelState:
         """The mean of what is published now."""
         before = dict(self.published)
         for i, (values, _) in good.items():

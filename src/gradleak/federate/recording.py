@@ -11,6 +11,7 @@ from flwr.app import Context, Message
 from flwr.serverapp.strategy import Strategy
 
 from gradleak.federate import weights
+from gradleak.federate.agreement import letter
 from gradleak.federate.client_mod import Train
 from gradleak.run.recordings import Entry, keep
 from gradleak.types import UpdateKind
@@ -26,6 +27,7 @@ class Recorder:
         app = ClientApp(mods=[record("DIR"), protect(...)])  # for simulations, on one machine
 
     As a mod it comes first: Flower's first mod is the outermost, and sees what leaves the client.
+    Of a secure sum, the server's recorder keeps the mean; a client's keeps nothing.
     """
 
     directory: Path
@@ -36,7 +38,7 @@ class Recorder:
     def __call__(self, message: Message, context: Context, train: Train) -> Message:
         """Pass a message on and keep it with its reply."""
         reply = train(message, context)
-        if weights.trains(message):
+        if weights.trains(message) and letter(message.content) is None:
             number = _round(message)
             node = context.node_id
             self._keep([_Seen(number, context.run_id, node, message, reply)])
@@ -81,10 +83,13 @@ class Recorder:
                 for k, v in record.items()
                 if isinstance(v, int | float)
             }
+            summed = letter(one.reply.content)
             entry = Entry(
                 run=str(one.run),
                 round=one.round,
-                node=str(one.node),
+                node=str(one.node) if summed is None else "0",
+                view="client" if summed is None else "aggregate",
+                clients=1 if summed is None else int(summed["clients"]),
                 kind=self.kind,
                 message_type=one.message.metadata.message_type,
                 num_examples=metrics.get("num-examples"),

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from gradleak.errors import InvalidInput
@@ -110,9 +110,37 @@ def checked(
     return values
 
 
+def content_of(reply: Message | None) -> RecordDict:
+    """What a client answered.
+
+    Raises:
+        InvalidInput: nothing, or an error.
+    """
+    if reply is None:
+        raise InvalidInput("no answer")
+    if reply.has_error():
+        raise InvalidInput(reply.error.reason or f"error {reply.error.code}")
+    return reply.content
+
+
 def size(content: RecordDict) -> int:
     """Bytes of the records in a message."""
-    return sum(record.count_bytes() for record in content.values())
+    return sum(
+        _config_size(r) if isinstance(r, ConfigRecord) else r.count_bytes()
+        for r in content.values()
+    )
+
+
+def _config_size(record: ConfigRecord) -> int:
+    """What `count_bytes` says, which fails at empty words and lists."""
+    return sum(
+        len(name)
+        + sum(
+            len(v) if isinstance(v, str | bytes) else 1 if isinstance(v, bool) else 8
+            for v in (value if isinstance(value, list) else [value])
+        )
+        for name, value in record.items()
+    )
 
 
 def mixed(states: Mapping[int, ModelState], weights: Mapping[int, float]) -> ModelState:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradleak.defenses import compensated
 from gradleak.errors import GradleakError, InvalidInput
-from gradleak.federate.client import NODE, RATE, ROUND
+from gradleak.federate.client import RATE, ROUND
 from gradleak.federate.federation import Federation
 from gradleak.federate.recording import record
 from gradleak.federate.records import (
@@ -26,6 +26,7 @@ from gradleak.federate.records import (
     SECONDS,
     arrays_of,
     checked,
+    content_of,
     moved,
     size,
     state_of,
@@ -36,6 +37,10 @@ from gradleak.types import ModelState, Update
 
 PATIENCE = 60.0
 """Seconds that the first round waits for all clients to be there, and any round for enough."""
+
+
+Good = Mapping[int, tuple[Mapping[str, Tensor], float]]
+"""Replies of use and their numbers of examples, by client."""
 
 
 class Stopped(GradleakError):
@@ -74,7 +79,7 @@ class Rounds(FedAvg):  # type: ignore[misc]
         self._began = time.perf_counter()
         settings, number = self.made.settings, self.done + server_round
         nodes = self._present(grid, number)
-        count = max(settings.min_clients, round(settings.fraction * len(nodes)), 1)
+        count = settings.asked(len(nodes))
         draw = self.made.stream(f"server/round/{number}")
         chosen = [nodes[i] for i in torch.randperm(len(nodes), generator=draw)[:count].sort()[0]]
         rate = settings.learning_rate * settings.rate(number, settings.rounds)
@@ -85,9 +90,9 @@ class Rounds(FedAvg):  # type: ignore[misc]
             "learning_rate": rate if self.made.mechanism.kind == "gradient" else 1.0,
         }
         self._asked = {}
+        common = ConfigRecord({**config, ROUND: number, RATE: rate})
         for node in chosen:
-            common = ConfigRecord({**config, ROUND: number, RATE: rate, NODE: self._numbers[node]})
-            content = RecordDict({**self.letter(self._numbers[node], arrays), CONFIG: common})
+            content = self.letter(self._numbers[node], arrays, common)
             self._asked[node] = Message(content, node, self.message_type)
         self.entry["bytes_down"] = sum(size(m.content) for m in self._asked.values())
         return list(self._asked.values())
@@ -100,14 +105,33 @@ class Rounds(FedAvg):  # type: ignore[misc]
         Raises:
             Stopped: too few are of use, or the state is no longer finite.
         """
-        received = {r.metadata.src_node_id: r for r in replies}
         began = time.process_time()
+        good = self.judged({r.metadata.src_node_id: r for r in replies})
+        following = self.combine(good, next(iter(self._asked.values())).content)
+        if not all(bool(v.isfinite().all()) for v in following.params.values()):
+            raise Stopped(
+                f"round {self.entry['round']}: the state is no longer finite: expected a smaller "
+                "--learning-rate"
+            )
+        arrays = arrays_of(stored(following))
+        self.entry |= {
+            "seconds": time.perf_counter() - self._began,
+            "server_seconds": time.process_time() - began,
+        }
+        return arrays, None
+
+    def judged(self, received: Mapping[int, Message]) -> Good:
+        """The replies of use, from all by node; what they cost goes on record.
+
+        Raises:
+            Stopped: too few are of use.
+        """
         good: dict[int, tuple[Mapping[str, Tensor], float]] = {}
         seconds, up = [], 0
         for node in self._asked:
             number = self._numbers[node]
             try:
-                content = _content(received.get(node))
+                content = content_of(received.get(node))
                 like = self.made.initial.params if self.raw else stored(self.made.initial)
                 values = checked(tensors_of(content[ARRAYS]), like, what="reply")
                 examples = float(content[METRICS][EXAMPLES])
@@ -128,34 +152,19 @@ class Rounds(FedAvg):  # type: ignore[misc]
                 f"round {number}: {len(good)} of {self.entry['clients']} clients sent an update of "
                 f"use, expected at least {least}; client {first['client']}: {first['reason']}"
             )
-        following = self.combine(good, next(iter(self._asked.values())).content)
-        if not all(bool(v.isfinite().all()) for v in following.params.values()):
-            raise Stopped(
-                f"round {number}: the state is no longer finite: expected a smaller --learning-rate"
-            )
-        arrays = arrays_of(stored(following))
-        self.entry |= {
-            "seconds": time.perf_counter() - self._began,
-            "client_seconds": sum(seconds) / len(seconds),
-            "server_seconds": time.process_time() - began,
-            "bytes_up": up,
-        }
-        return arrays, None
+        self.entry |= {"client_seconds": sum(seconds) / len(seconds), "bytes_up": up}
+        return good
 
     @property
     def raw(self) -> bool:
         """Whether clients reply gradients, not states."""
         return self.made.mechanism.kind == "gradient"
 
-    def letter(self, number: int, arrays: ArrayRecord) -> dict[str, ArrayRecord]:
-        """The records that a client is sent."""
-        return {ARRAYS: arrays}
+    def letter(self, number: int, arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
+        """What a client is sent."""
+        return RecordDict({ARRAYS: arrays, CONFIG: config})
 
-    def combine(
-        self,
-        good: Mapping[int, tuple[Mapping[str, Tensor], float]],
-        sent: RecordDict,
-    ) -> ModelState:
+    def combine(self, good: Good, sent: RecordDict) -> ModelState:
         """The next state, from replies and numbers of examples by client, to what was sent."""
         state = state_of(tensors_of(sent[ARRAYS]), self.made.initial)
         total = sum(examples for _, examples in good.values())
@@ -166,7 +175,8 @@ class Rounds(FedAvg):  # type: ignore[misc]
                     values[k] if self.raw else values[k] - state.params[k], alpha=examples / total
                 )
         update = Update(mean, self.made.mechanism.kind)
-        update = compensated(self.made.mechanism, update, clients=len(good))
+        clients = self.entry["clients"] - len(self.entry["failed"])
+        update = compensated(self.made.mechanism, update, clients=clients)
         return moved(state, update, rate=self.entry["learning_rate"])
 
     def tensors(self) -> dict[str, Tensor]:
@@ -195,11 +205,3 @@ class Rounds(FedAvg):  # type: ignore[misc]
         for node in nodes:
             self._numbers.setdefault(node, len(self._numbers))
         return nodes
-
-
-def _content(reply: Message | None) -> RecordDict:
-    if reply is None:
-        raise InvalidInput("no answer")
-    if reply.has_error():
-        raise InvalidInput(reply.error.reason or f"error {reply.error.code}")
-    return reply.content

@@ -33,6 +33,9 @@ class TrainSettings:
         clients: among whom the clients' half of the data is divided.
         rounds: of training.
         batch_size: examples that a client draws in a round; 0 takes all it has.
+        aggregation: protocol under which the server sees a sum only, `ID:field=value,...`.
+        aggregation_clip: larger numbers of an update are cut to it there.
+        aggregation_bits: of an encoded number there, sign included.
         fraction: share of the clients asked in a round.
         min_clients: usable updates without which a round stops the training.
         partition: how the data are divided, `iid` or `dirichlet:ALPHA`.
@@ -50,6 +53,9 @@ class TrainSettings:
     model: str = "lenet"
     mechanism: str = "fedsgd"
     defense: str = "none"
+    aggregation: str = "none"
+    aggregation_clip: float = 8.0
+    aggregation_bits: int = 24
     clients: int = 10
     rounds: int = 100
     batch_size: int = 32
@@ -83,6 +89,11 @@ class TrainSettings:
             )
         if not 0 <= self.seed < 2**63:
             raise InvalidInput(f"--seed {self.seed}: expected a whole number from 0 to 2^63 − 1")
+        if self.aggregation != "none" and not isinstance(self.graph, Star):
+            raise InvalidInput(
+                f"--aggregation {self.aggregation} contradicts --topology {self.topology}: "
+                "neighbours see states, expected star"
+            )
         registry.build("mechanism", self.mechanism, MECHANISMS)
         _ = self.division, self.rate, self.graph
 
@@ -98,6 +109,10 @@ class TrainSettings:
     def rate(self) -> Schedule:
         """The schedule that is named."""
         return registry.build("schedule", self.schedule, SCHEDULES)
+
+    def asked(self, present: int) -> int:
+        """How many of the clients that are there a round asks."""
+        return max(self.min_clients, round(self.fraction * present), 1)
 
     @property
     def graph(self) -> Star | Gossip:

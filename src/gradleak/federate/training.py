@@ -25,6 +25,7 @@ from gradleak.federate.grid import InProcessGrid
 from gradleak.federate.records import arrays_of, state_of, stored, tensors_of
 from gradleak.federate.server import Rounds, Stopped
 from gradleak.federate.settings import TrainSettings
+from gradleak.federate.summed import Summed
 
 ENGINES = ("in-process", "flower")
 
@@ -75,6 +76,7 @@ def train(
         return kept.record
     server = server_app(made, kept, watcher or _Unwatched(), record_to=record_to)
     client = client_app(settings)
+    nodes = settings.clients + made.helpers
     try:
         with _quiet():
             if engine == "in-process":
@@ -82,10 +84,10 @@ def train(
                 for i in range(settings.clients):
                     own = under(kept.tensors, f"memory/{i}/")
                     memories[i] = RecordDict({MEMORY: arrays_of(own)} if own else {})
-                grid = InProcessGrid(client, nodes=settings.clients, states=memories)
+                grid = InProcessGrid(client, nodes=nodes, states=memories)
                 server(grid, Context(grid.run.run_id, 1, {}, RecordDict(), {}))
             else:
-                _simulate(server, client, nodes=settings.clients)
+                _simulate(server, client, nodes=nodes)
     except KeyboardInterrupt:
         kept.finish("interrupted", _state(made, kept), reason="interrupted")
         raise
@@ -101,10 +103,15 @@ def server_app(
     @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
         settings, done = made.settings, len(kept.rounds)
-        star = not made.edges
-        strategy = (
-            Rounds(made, done=done) if star else Neighbours(made, done=done, tensors=kept.tensors)
-        )
+        strategy: Rounds
+        playing = grid
+        if made.secure_sum is not None:
+            playing = made.secure_sum.at_server(grid)
+            strategy = Summed(made, playing, done=done)
+        elif made.edges:
+            strategy = Neighbours(made, done=done, tensors=kept.tensors)
+        else:
+            strategy = Rounds(made, done=done)
 
         if record_to is not None:
             strategy.kept_in(record_to)
@@ -122,7 +129,7 @@ def server_app(
 
         try:
             strategy.start(
-                grid,
+                playing,
                 arrays_of(stored(_state(made, kept))),
                 num_rounds=settings.rounds - done,
                 timeout=settings.timeout,

@@ -10,6 +10,9 @@ from gradleak.federate.records import tensors_of
 
 Weights = dict[str, Tensor]
 
+STATISTICS = (".running_mean", ".running_var")
+"""Ends of the names of normalisation layers' running estimates: no part of an update."""
+
 
 def trains(message: Message) -> bool:
     """Whether a message asks for training, under any name of the app's own."""

@@ -23,7 +23,7 @@ SCHEMA_VERSION = 1
 
 _CONDITIONS = (
     "data", "model", "mechanism", "clients", "rounds", "batch_size", "fraction", "partition",
-    "topology", "test_examples",
+    "topology", "aggregation", "test_examples",
 )  # fmt: skip
 """Settings in which a training must equal the undefended one it is compared with."""
 
@@ -98,7 +98,7 @@ def _summary(source: str) -> dict[str, Any]:
         return {
             "source": source,
             "defense": _full(str(settings["defense"])),
-            "conditions": {name: settings.get(name) for name in _CONDITIONS},
+            "conditions": {n: ({"aggregation": "none"} | settings).get(n) for n in _CONDITIONS},
             "accuracy": math.nan if content["accuracy"] is None else float(content["accuracy"]),
             "test_examples": int(content["test_examples"]),
             "seconds": _mean([float(r["seconds"]) for r in rounds]),

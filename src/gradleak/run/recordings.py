@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gradleak import jsonsafe, models
 from gradleak.errors import CorruptFile, InvalidInput
 from gradleak.run.store import read_json, write_whole
-from gradleak.types import Batch, DataSpec, ModelState, UpdateKind
+from gradleak.types import Batch, DataSpec, ModelState, UpdateKind, View
 
 MANIFEST = "recording.json"
 SCHEMA_VERSION = 1
@@ -32,7 +32,10 @@ SCHEMA_VERSION = 1
 _KINDS = {
     "run": str, "round": int, "node": str, "kind": str, "message_type": str,
     "num_examples": int | float | None, "metrics": dict, "broadcast": str, "reply": str,
+    "view": str, "clients": int,
 }  # fmt: skip
+_LATER = {"view": "client", "clients": 1}
+"""What manifests of earlier versions leave out."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class Entry:
         node: of the client.
         kind: "delta" where the reply holds weights, "gradient" where it holds gradients.
         message_type: of the server's message.
-        num_examples: what the client says it trained on.
+        view: "client" for one client's reply, "aggregate" for the weighted mean of several.
+        clients: how many replies it is the mean of.
+        num_examples: what the client says it trained on, or the clients together.
         metrics: numbers beside the reply.
         broadcast: file of the state that the reply answers.
         reply: its file.
@@ -56,6 +61,8 @@ class Entry:
     node: str
     kind: UpdateKind
     message_type: str = "train"
+    view: View = "client"
+    clients: int = 1
     num_examples: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     broadcast: str = ""
@@ -220,6 +227,7 @@ def _entry(path: Path, position: int, raw: Any) -> Entry:
     where = f"{str(path)!r}, entry {position + 1}"
     if not isinstance(raw, dict):
         raise CorruptFile(f"{where}: expected an object")
+    raw = _LATER | raw
     for name, kind in _KINDS.items():
         if name not in raw or not isinstance(raw[name], kind):
             raise CorruptFile(f"{where}: {name} is {raw.get(name)!r}, not what a recorder writes")
@@ -230,6 +238,8 @@ def _entry(path: Path, position: int, raw: Any) -> Entry:
         raise CorruptFile(f"{where}: node {raw['node']!r}, expected digits")
     if raw["kind"] not in ("gradient", "delta"):
         raise CorruptFile(f"{where}: kind {raw['kind']!r}, expected 'gradient' or 'delta'")
+    if raw["view"] not in ("client", "aggregate") or raw["clients"] < 1:
+        raise CorruptFile(f"{where}: a {raw['view']!r} of {raw['clients']} clients")
     return Entry(**{name: raw[name] for name in _KINDS})
 
 
