@@ -41,19 +41,19 @@ AUDITS: dict[str, dict[str, Any]] = {
     },
     "imprint": {
         "data": "mnist-5k", "model": "lenet", "attacks": ["imprint"], "targets": 8,
-        "server": "malicious", "clients_in_sum": [1, 4, 16, 64],
+        "server": "malicious", "clients_in_sum": [1, 4, 16, 64], "knows": "labels",
     },
     "imprint-cifar10": {
         "data": "cifar10", "model": "convnet", "attacks": ["imprint"], "targets": 8,
-        "server": "malicious", "clients_in_sum": [1, 8, 64],
+        "server": "malicious", "clients_in_sum": [1, 16, 64], "knows": "labels",
     },
     "lenet": {
         "data": "mnist-5k", "model": "lenet", "targets": 8, "clients_in_sum": [1, 2, 4, 8],
-        "attacks": ["inverting-gradients:steps=400", "continuation:steps=150"],
+        "attacks": ["continuation:steps=80"],
     },
     "convnet": {
-        "data": "cifar10", "model": "convnet", "targets": 8, "clients_in_sum": [1, 2, 4, 8],
-        "attacks": ["inverting-gradients:steps=300"],
+        "data": "cifar10", "model": "convnet", "targets": 4, "clients_in_sum": [1, 2, 4, 8],
+        "attacks": ["inverting-gradients:steps=200"],
     },
     "fedavg": {
         "data": "mnist-5k", "model": "mlp", "attacks": ["lone-rows"], "targets": 8,
@@ -208,7 +208,10 @@ def differenced() -> list[dict[str, Any]]:
                 **{
                     measure: mean(values[r], together=everyone)
                     for measure, values in (
-                        ("solvable", exact), ("error", errors), ("psnr_db", psnr), ("label", labels)
+                        ("solvable", exact),
+                        ("error", errors),
+                        ("psnr_db", psnr),
+                        ("label", labels),
                     )
                 },  # fmt: skip
             }
@@ -257,6 +260,95 @@ def measure(directory: Path, only: list[str]) -> None:
         print(name, known[name]["cpu_seconds"], flush=True)
 
 
+COLOURS = ("#2b5fa8", "#b4531f", "#3b7d4a", "#7a4fa0", "#8a94a3")
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 330, 250, 52, 34, 208
+"""Of one panel, pixels."""
+
+Line = list[tuple[int, dict[str, float]]]
+"""Points of a line: a count, and a value with its interval."""
+
+
+def panel(
+    offset: int, title: str, ticks: list[int], lines: dict[str, Line], *, axis: str, top: float
+) -> str:
+    """One panel: values up to `top` over counts."""
+    right = WIDTH - 12
+
+    def x(count: int) -> float:
+        return LEFT + (right - LEFT) * (ticks.index(count) + 0.5) / len(ticks)
+
+    def y(value: float) -> float:
+        return BOTTOM - (BOTTOM - TOP) * min(max(value, 0.0), top) / top
+
+    body = f'<g transform="translate({offset} 0)"><text x="{LEFT}" y="16" font-weight="bold">'
+    body += f"{title}</text>"
+    for step in range(5):
+        level = top * step / 4
+        body += f'<path d="M{LEFT} {y(level):.1f}H{right}" stroke="#dde3ea"/>'
+        words = f"{100 * level:.0f} %" if top == 1 else f"{level:.0f}"
+        body += f'<text x="{LEFT - 6}" y="{y(level) + 4:.1f}" text-anchor="end">{words}</text>'
+    for tick in ticks:
+        body += f'<text x="{x(tick):.1f}" y="{BOTTOM + 16}" text-anchor="middle">{tick}</text>'
+    body += f'<text x="{(LEFT + right) / 2}" y="{BOTTOM + 34}" text-anchor="middle">{axis}</text>'
+    for number, (label, points) in enumerate(lines.items()):
+        colour = COLOURS[number]
+        path = "L".join(f"{x(n):.1f} {y(m['value']):.1f}" for n, m in points)
+        body += f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        for n, m in points:
+            ends = f"M{x(n):.1f} {y(m['low']):.1f}V{y(m['high']):.1f}"
+            body += f'<path d="{ends}" stroke="{colour}"/>'
+            body += f'<circle cx="{x(n):.1f}" cy="{y(m["value"]):.1f}" r="3" fill="{colour}"/>'
+        level = HEIGHT + 16 + 16 * number
+        body += f'<path d="M{LEFT} {level - 4}h20" stroke="{colour}" stroke-width="2"/>'
+        body += f'<text x="{LEFT + 26}" y="{level}">{label}</text>'
+    return body + "</g>"
+
+
+def against_clients(known: dict[str, Any], metric: str) -> dict[str, Line]:
+    """A line per attack that was audited, the stronger of several at every point."""
+    lines: dict[str, Line] = {}
+    for part, label in (
+        ("lenet", "LeNet, MNIST: best search"),
+        ("convnet", "ConvNet, CIFAR-10: best search"),
+        ("lone-rows", "perceptron, MNIST: lone rows"),
+        ("imprint", "LeNet, MNIST: imprint, malicious"),
+    ):
+        best: dict[int, dict[str, Any]] = {}
+        for row in known.get(part, {"rows": []})["rows"]:
+            old = best.get(row["clients"])
+            if old is None or row["psnr_db"]["value"] > old["psnr_db"]["value"]:
+                best[row["clients"]] = row
+        if best:
+            lines[label] = [(n, row[metric]) for n, row in sorted(best.items())]
+    return lines
+
+
+def draw() -> None:
+    """Recovery against clients, against rounds of differencing."""
+    known = json.loads(FIGURES.read_text())
+    ticks = sorted({n for line in against_clients(known, "recovered").values() for n, _ in line})
+    lines: dict[str, Line] = {}
+    for row in known["differencing"]["rows"]:
+        lines.setdefault(row["setting"], []).append((row["rounds"], row["psnr_db"]))
+    rounds = [n for n, _ in next(iter(lines.values()))]
+    panels = [
+        panel(0, "PSNR (dB)", ticks, against_clients(known, "psnr_db"),
+              axis="clients in the sum", top=60),
+        panel(WIDTH, "images recovered", ticks, against_clients(known, "recovered"),
+              axis="clients in the sum", top=1),
+        panel(2 * WIDTH, "differencing, PSNR (dB)", rounds, lines,
+              axis="rounds, 5 of 10 clients in each", top=60),
+    ]  # fmt: skip
+    width, height = 3 * WIDTH, HEIGHT + 80
+    PICTURE.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif" font-size="12" fill="#1c2430">'
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>{"".join(panels)}</svg>\n'
+    )
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "measure":
         measure(Path(sys.argv[2]), sys.argv[3:])
+    else:
+        draw()

@@ -103,7 +103,9 @@ def simulate(scenario: Scenario, *, generator: torch.Generator) -> tuple[Observa
         examples = scenario.clients * scenario.batch_size
         indices = torch.randperm(len(scenario.data), generator=draw)[:examples]
     plays = [
-        _play(scenario, own, generator=child(generator, f"client/{i} in the sum") if i else generator)
+        _play(
+            scenario, own, generator=child(generator, f"client/{i} in the sum") if i else generator
+        )
         for i, own in enumerate(indices.split(scenario.batch_size))
     ]
     honest = plays[: scenario.clients - scenario.threat.colluding]

@@ -97,9 +97,7 @@ def test_coordinates_that_one_client_wrote_are_its_own() -> None:
     state, clients = state_of(TwoTwins), 5
     sent = [TopK(0.2)(gl.FedSGD()).mean(state, part) for part in parts(batch_of(5), clients)]
     total = mean(sent)
-    owners = written_alone(
-        {k: torch.stack([u.values[k] != 0 for u in sent]) for k in state.params}
-    )
+    owners = written_alone({k: torch.stack([u.values[k] != 0 for u in sent]) for k in state.params})
     seen = 0
     for name, owner in owners.items():
         for i in range(clients):

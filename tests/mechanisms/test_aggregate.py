@@ -40,9 +40,7 @@ def test_a_sum_is_the_mean_of_its_clients(defense: str, core: Mechanism) -> None
     batch = batch_of(4)
     for subject in (Aggregate(inner, 2), summed(inner, 2)):
         received = subject.sample(state, batch, generator=stream(0))
-        assert torch.equal(
-            flat(received), flat(subject.sample(state, batch, generator=stream(0)))
-        )
+        assert torch.equal(flat(received), flat(subject.sample(state, batch, generator=stream(0))))
         assert subject.kind == inner.kind
         assert subject.deterministic == inner.deterministic
         try:
@@ -213,9 +211,7 @@ def test_colluders_reach_the_server_through_the_threat_model_alone() -> None:
     )
     one, other = (flat(simulate(s, generator=stream(0))[0].update) for s in (base, moved))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    sums = [
-        flat(simulate(scenario(3, examples=e), generator=stream(0))[0].update) for e in (0, 20)
-    ]
+    sums = [flat(simulate(scenario(3, examples=e), generator=stream(0))[0].update) for e in (0, 20)]
     assert not torch.allclose(*sums)
 
 

@@ -152,6 +152,9 @@ def without(total: Update, known: Sequence[Update], *, clients: int) -> Update:
         return total
     left = clients - len(known)
     return Update(
-        {k: (clients * v - sum(u.values[k] for u in known)) / left for k, v in total.values.items()},
+        {
+            k: (clients * v - sum(u.values[k] for u in known)) / left
+            for k, v in total.values.items()
+        },
         total.kind,
     )

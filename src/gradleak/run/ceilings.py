@@ -95,9 +95,7 @@ def ceiling(
         guesses=max(guesses, examples),
         others=examples - 1 if found.by_example else 0,
     )
-    proved = [
-        gaussian_ceiling(k, noise_multiplier=multiplier) if k < 1 else 1.0 for k in kappas
-    ]
+    proved = [gaussian_ceiling(k, noise_multiplier=multiplier) if k < 1 else 1.0 for k in kappas]
     delta = found.rule.delta if found.rule else DELTA
     return {
         "noise_multiplier": multiplier,

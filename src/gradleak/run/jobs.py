@@ -354,7 +354,9 @@ def plan(
                 knows = set(settings.knows) - (set() if aware else {Fact.MECHANISM})
                 mechanism = f"{settings.mechanism}-b{batch_size}"
                 if settings.view == "aggregate":
-                    mechanism += f"-n{in_sum}" + f"-k{settings.colluding}" * (settings.colluding > 0)
+                    mechanism += f"-n{in_sum}" + f"-k{settings.colluding}" * (
+                        settings.colluding > 0
+                    )
                 finding = "/".join(
                     (dataset.name, settings.model, stage, mechanism, defense, attack)
                 ) + ("" if aware else UNAWARE)

@@ -14,6 +14,7 @@ from torch import Tensor
 from gradleak.attacks.active.claims import claimed, inside
 from gradleak.attacks.closed_form.explained import no_solution, rounding
 from gradleak.attacks.closed_form.first_layer import first_linear
+from gradleak.attacks.parts.labels import idlg, sign_counts
 from gradleak.attacks.parts.needs import require
 from gradleak.types import About, Batch, Fact, Observation, Reconstruction
 
@@ -69,13 +70,19 @@ class LoneRows:
         kept = images.reshape(-1, *seen.data.shape)
         kept = kept[inside(kept, seen.data.bounds)]
         size = seen.knowledge.batch_size or 1
-        return claimed(
-            seen, kept, f"{min(len(kept), size)} of {size} examples have units of their own"
-        )
+        message = f"{min(len(kept), size)} of {size} examples have units of their own"
+        return claimed(seen, kept, message, rule=_labels)
 
     def objective(self, seen: Observation) -> Callable[[Batch], float]:
         """A closed form minimises nothing: nan everywhere."""
         return lambda batch: math.nan
+
+
+def _labels(seen: Observation) -> Tensor:
+    """Those granted, or the quickest count."""
+    if seen.knowledge.labels is not None:
+        return seen.knowledge.labels
+    return idlg(seen) if seen.knowledge.batch_size == 1 else sign_counts(seen)
 
 
 def repeated(weight: Tensor, bias: Tensor, *, tolerance: float) -> Tensor:
