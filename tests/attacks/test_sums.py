@@ -152,7 +152,7 @@ def exact(claim: Tensor, truth: Tensor) -> int:
 
 @pytest.mark.parametrize("mechanism", [gl.FedSGD(), gl.FedAvg(steps=3)], ids=["sgd", "avg"])
 def test_lone_rows_reads_examples_out_of_a_sum(mechanism: gl.FedSGD | gl.FedAvg) -> None:
-    """Four clients: all of them, after local steps as well; and not one claim that is no example."""
+    """Four clients: every example, after local steps as well."""
     seen, truth = observed(4, mechanism)
     claim = LoneRows()(seen, generator=stream(0))
     assert claim.status == "solved"

@@ -48,7 +48,7 @@ def test_a_sum_is_the_mean_of_its_clients(defense: str, core: Mechanism) -> None
         except IntractableLikelihood:
             continue
         torch.testing.assert_close(mean, by_hand(inner, state, batch, 2), rtol=1e-10, atol=1e-13)
-        assert_mean(subject, state, batch, draws=2 if subject.deterministic else 200)
+        assert_mean(subject, state, batch, draws=2 if subject.deterministic else 40)
         predicted = flat(subject.predict(received, state, batch))
         if subject.deterministic:
             torch.testing.assert_close(predicted, flat(received), rtol=1e-12, atol=1e-14)

@@ -30,9 +30,9 @@ CLAUSES = 4
 """Clauses of the headline after the first that the opening repeats."""
 
 SUMS = (
-    "Mean PSNR, and the share of images identified, with intervals, by the strongest attack at each "
-    "point. Attacks that fall short on a large sum say nothing about safety unless their misses are "
-    "information-limited."
+    "Mean PSNR, and the share of images identified, with intervals, by the strongest attack at "
+    "each point. Attacks that fall short on a large sum say nothing about safety unless their "
+    "misses are information-limited."
 )
 """What the curve over honest clients shows."""
 

@@ -76,8 +76,9 @@ class JobSpec:
         server: server behaviour.
         seed: of the run.
         group: number of the group within the finding.
-        targets: numbers of the targets; client i of target t holds the examples from (i·slots + t)·b
-            to (i·slots + t + 1)·b of the private pool, so that larger sums add clients to smaller.
+        targets: numbers of the targets; client i of target t holds the examples from
+            (i·slots + t)·b to (i·slots + t + 1)·b of the private pool, so that larger sums add
+            clients to smaller ones.
         clients: client of each target, or number of the sum.
         spare: a target of another client, attacked for the control alone; None where the group
             has two clients.

@@ -209,7 +209,7 @@ class AuditSettings:
         for fact in (Fact.BN_STATISTICS, Fact.MINIBATCH_ORDER):
             if fact in self.knows and max(self.sums) > 1:
                 raise InvalidInput(
-                    f"--knows {fact} contradicts --view aggregate: a sum of several clients has none"
+                    f"--knows {fact} contradicts --view aggregate: a sum of clients has none"
                 )
 
     @property
