@@ -39,7 +39,7 @@ def test_solvable_clients_are_those_in_the_row_space(seed: int) -> None:
     """And their updates are exact, to 1e-10 in float64; the others' are not."""
     draw = stream(seed)
     rounds, clients = (int(torch.randint(1, 8, (), generator=draw)) for _ in range(2))
-    present = torch.rand((rounds, clients), generator=draw, dtype=torch.float64) < 0.5
+    present = (torch.rand((rounds, clients), generator=draw) < 0.5).double()
     weights = present / present.sum(1, keepdim=True).clamp(min=1)
     updates = torch.randn((clients, 5), generator=draw, dtype=torch.float64)
     sums = [Update({"w": row}, "gradient") for row in weights @ updates]

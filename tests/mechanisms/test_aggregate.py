@@ -32,13 +32,18 @@ def by_hand(inner: Mechanism, state: ModelState, batch: Batch, clients: int) -> 
     return torch.stack(each).sum(0) / clients
 
 
-@pytest.mark.parametrize("defense", DEFENSES)
-@pytest.mark.parametrize("core", [FedSGD(), FedAvg(steps=2, learning_rate=0.1)], ids=["sgd", "avg"])
+TRAINED = FedAvg(steps=2, learning_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    ("defense", "core"),
+    [*((d, FedSGD()) for d in DEFENSES), *((d, TRAINED) for d in ("gaussian-noise", "top-k"))],
+)
 def test_a_sum_is_the_mean_of_its_clients(defense: str, core: Mechanism) -> None:
     """Equal in law: the mean is the clients' mean, and the sample's expectation (z, ALPHA)."""
     inner, state = DEFENSES[defense]()(core), state_of(NEEDED.get(defense, TwoTwins))
     batch = batch_of(4)
-    for subject in (Aggregate(inner, 2), summed(inner, 2)):
+    for subject in {Aggregate(inner, 2), summed(inner, 2)}:
         received = subject.sample(state, batch, generator=stream(0))
         assert torch.equal(flat(received), flat(subject.sample(state, batch, generator=stream(0))))
         assert subject.kind == inner.kind
@@ -95,7 +100,7 @@ def test_one_client_is_no_aggregation() -> None:
     ids=["noise", "by example", "fedavg", "dp-sgd"],
 )
 def test_gaussian_noise_of_n_clients_has_an_exact_density(client: Mechanism) -> None:
-    """Around the mean update, of std s/√n: also what samples show (n = 4e4 entries, 6 SE)."""
+    """Around the mean update, of std s/√n: also what samples show (n = 300, 6 SE)."""
     state, batch, n = state_of(OneWeight), batch_of(8, classes=2), 4
     subject = Aggregate(client, n)
     mean = float(flat(subject.mean(state, batch)))
@@ -107,7 +112,7 @@ def test_gaussian_noise_of_n_clients_has_an_exact_density(client: Mechanism) -> 
         want = torch.distributions.Normal(mean, std).log_prob(torch.tensor(u, dtype=torch.float64))
         for known in (subject, summed(client, n)):
             assert float(known.log_prob(update, state, batch)) == pytest.approx(float(want))
-    generator, draws = stream(0), 2000
+    generator, draws = stream(0), 300
     drawn = torch.stack(
         [flat(subject.sample(state, batch, generator=generator)) for _ in range(draws)]
     )
