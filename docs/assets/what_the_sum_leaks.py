@@ -53,7 +53,7 @@ AUDITS: dict[str, dict[str, Any]] = {
     },
     "lenet": {
         "data": "mnist-5k", "model": "lenet", "targets": 4, "clients_in_sum": [1, 2, 4, 8],
-        "attacks": ["continuation:steps=80"],
+        "attacks": ["continuation:steps=60"],
     },
     "convnet": {
         "data": "cifar10", "model": "convnet", "targets": 4, "clients_in_sum": [1, 2, 4, 8],

@@ -42,7 +42,7 @@ class LoneRows:
         id="lone-rows",
         title="Units that one example alone activates",
         paper="gradleak, this package; the ratio as in Phong et al., Privacy-Preserving Deep "
-        "Learning: Revisited and Enhanced, ATIS 2017; in sums of clients first by Marchand et "
+        "Learning: Revisited and Enhanced, ATIS 2017; in sums of clients Marchand et "
         "al., SRATTA: Sample Re-ATTribution Attack of Secure Aggregation, ICML 2023",
         link="https://arxiv.org/abs/2306.07644",
         modalities=frozenset({"image", "tabular"}),
@@ -94,6 +94,8 @@ def repeated(weight: Tensor, bias: Tensor, *, tolerance: float) -> Tensor:
         tolerance: distance of unit rows at which they count as one.
     """
     used = bias != 0
+    if not used.any():
+        return weight[:0]
     weight, bias = weight[used], bias[used]
     rows = torch.cat([weight, bias[:, None]], 1)
     rows = rows / rows.norm(dim=1, keepdim=True)
