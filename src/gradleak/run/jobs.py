@@ -65,7 +65,7 @@ class JobSpec:
         view: whether single updates are seen, or sums.
         clients_in_sum: whose updates are seen as one.
         colluding: the last ones of these, who tell the server theirs.
-        slots: targets among which the private pool is shared out.
+        slots: targets among which the private pool is shared out, where there are sums.
         attack: id of the attack; `attack_spec` has every field.
         defense: id of the protection; `defense_spec` has every field.
         knows: facts granted.
@@ -408,7 +408,7 @@ def plan(
                             view=settings.view,
                             clients_in_sum=in_sum,
                             colluding=settings.colluding,
-                            slots=slots,
+                            slots=slots if in_sum > 1 else 0,
                         ).keyed()
                     )
     return jobs
