@@ -24,6 +24,7 @@ from gradleak.attacks.parts.objective import Engine
 from gradleak.data import Dataset, Split
 from gradleak.defenses import DEFENSES
 from gradleak.errors import CorruptFile, InvalidInput
+from gradleak.mechanisms import summed
 from gradleak.run import states
 from gradleak.run.beliefs import Belief, fitted, has_precision, prior_spec
 from gradleak.run.executor import TRIALS, Progress, run_here, run_in_processes
@@ -141,6 +142,9 @@ def audit(
     prior: str | None = None,
     bn_knowledge: str | None = None,
     server: str | None = None,
+    view: str | None = None,
+    clients_in_sum: int | Sequence[int] | None = None,
+    colluding: int | None = None,
     targets: int | None = None,
     clients: int | None = None,
     seed: int | None = None,
@@ -185,6 +189,9 @@ def audit(
         "prior": prior,
         "bn_knowledge": bn_knowledge,
         "server": server,
+        "view": view,
+        "clients_in_sum": clients_in_sum,
+        "colluding": colluding,
         "targets": targets,
         "clients": clients,
         "seed": seed,
@@ -451,10 +458,10 @@ def arranged_jobs(
     needs = [
         needed(
             build_attack(job.attack_spec),
-            mechanism_of(job),
+            summed(mechanism_of(job), job.honest),
             state,
             spec,
-            batch_size=job.batch_size,
+            batch_size=job.examples,
             targets=len(job.targets) + (job.spare is not None),
             data=resident,
         )
@@ -574,7 +581,7 @@ class _Engines:
         kind = "/".join(
             map(str, (job.attack_spec, job.defense_spec, job.model, job.data_fingerprint,
                       job.mechanism, job.local_steps, job.batch_norm, ",".join(job.knows),
-                      job.prior, job.batch_size, size, job.device))
+                      job.prior, job.batch_size, job.honest, size, job.device))
         )  # fmt: skip
         if kind not in self._known:
             watcher.preparing(f"measuring how {job.attack} runs fastest")
@@ -631,7 +638,9 @@ def not_tested(settings: AuditSettings) -> list[str]:
         f"Batch sizes other than {', '.join(map(str, settings.batch_size))}",
         f"Attackers who also know: {', '.join(unknown)}" if unknown else "",
         "A server that alters what it broadcasts" if settings.server == "honest" else "",
-        "Servers that see only a sum of updates (secure aggregation)",
+        "Servers that see only a sum of updates (secure aggregation)"
+        if settings.view == "client"
+        else f"Sums of other than {', '.join(map(str, settings.sums))} clients",
         "Attackers who combine several rounds of one client",
         f"Priors other than {settings.prior}" if settings.grants_prior else "",
     ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 
 from gradleak.defenses import rebased, undefended
 from gradleak.errors import InvalidInput
+from gradleak.mechanisms.aggregate import summed, without
 from gradleak.mechanisms.client import running_statistics
 from gradleak.types import (
     Batch,
@@ -21,6 +22,7 @@ from gradleak.types import (
     Observation,
     Prior,
     ServerBehaviour,
+    Update,
     View,
 )
 
@@ -32,9 +34,11 @@ class Truth:
     """What only the auditor holds.
 
     Attributes:
-        batch: the client's private batch.
+        batch: the client's private batch; of a sum, those of its honest clients in their order.
         trained_on: what its gradient was computed on: `batch`, or what a protection made of it.
-        client: number of the client.
+        client: number of the client, or of the sum.
+        clients: honest clients in the sum; client i holds the i-th of so many equal parts.
+        colluders: updates of the clients in the sum that the server controls.
         bn_statistics: exact batch-normalisation statistics of the batch, by layer.
         order: example indices of every local step, for FedAvg.
     """
@@ -42,6 +46,8 @@ class Truth:
     batch: Batch
     trained_on: Batch
     client: int = 0
+    clients: int = 1
+    colluders: tuple[Update, ...] = ()
     bn_statistics: Mapping[str, tuple[Tensor, Tensor]] | None = None
     order: tuple[tuple[int, ...], ...] | None = None
 
@@ -54,6 +60,7 @@ class ThreatModel:
         knows: facts granted. By default the mechanism (Kerckhoffs) and the batch size.
         server: "honest" follows the protocol; "malicious" may alter what it broadcasts.
         view: whether single clients' updates are seen, or only their sum.
+        colluding: clients in every sum who tell the server their updates.
         batch_norm: what is known of batch-normalisation layers. "exact": the private batch's
             statistics. "running": the broadcast running estimates serve as a proxy for them.
             "inferred": only the client's mode, statistics follow from the claim itself. "none":
@@ -63,10 +70,13 @@ class ThreatModel:
     knows: frozenset[Fact] = frozenset({Fact.MECHANISM, Fact.BATCH_SIZE})
     server: ServerBehaviour = "honest"
     view: View = "client"
+    colluding: int = 0
     batch_norm: BatchNormKnowledge = "inferred"
 
     def __post_init__(self) -> None:
         facts = frozenset(Fact(fact) for fact in self.knows)
+        if self.colluding and self.view != "aggregate":
+            raise InvalidInput(f"colluding={self.colluding}: expected view='aggregate'")
         if Fact.BN_STATISTICS in facts:
             if self.batch_norm not in ("exact", "inferred"):
                 raise InvalidInput(
@@ -90,8 +100,8 @@ class ThreatModel:
 
         Args:
             truth: the auditor's side; only granted facts are copied out of it.
-            exchanges: what crossed the wire.
-            mechanism: what the client really ran.
+            exchanges: what crossed the wire, or left the secure sum.
+            mechanism: what the client, or every client in the sum, really ran.
             data: public form of the data.
             prior: fitted to public examples.
 
@@ -100,6 +110,9 @@ class ThreatModel:
         """
         if Fact.PRIOR in self.knows and prior is None:
             raise InvalidInput("threat model grants a prior: expected Scenario(prior=...)")
+        mechanism = summed(mechanism, truth.clients)
+        if truth.colluders:
+            exchanges = tuple(self._without_colluders(truth, each) for each in exchanges)
         belief = mechanism if Fact.MECHANISM in self.knows else undefended(mechanism)
         if Fact.MINIBATCH_ORDER in self.knows and truth.order is not None:
             belief = rebased(belief, fixed_order=truth.order)
@@ -122,3 +135,12 @@ class ThreatModel:
             ),
             server=self.server,
         )
+
+    def _without_colluders(self, truth: Truth, exchange: Exchange) -> Exchange:
+        """What the server makes of a sum by the updates that it knows: the honest clients' mean."""
+        if len(truth.colluders) != self.colluding:
+            raise InvalidInput(
+                f"{len(truth.colluders)} updates of colluders: expected {self.colluding}"
+            )
+        clients = truth.clients + self.colluding
+        return replace(exchange, update=without(exchange.update, truth.colluders, clients=clients))

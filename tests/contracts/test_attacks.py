@@ -64,6 +64,7 @@ NETWORKS = {
     "cocktail-party": "mlp",
     "latent-inversion": "lenet-tiny+cvb",
     "linear-layer": "mlp",
+    "lone-rows": "mlp",
     "spear": "mlp",
     "trap-weights": "mlp",
 }

@@ -113,6 +113,20 @@ BnKnowledge = Annotated[
     ),
 ]
 Server = Annotated[str | None, _option("honest or malicious [honest]", _ATTACKER)]
+View = Annotated[
+    str | None, _option("client, or aggregate: secure sums alone are seen [client]", _ATTACKER)
+]
+ClientsInSum = Annotated[
+    list[int] | None,
+    _option(
+        "clients whose updates are summed, with --view aggregate; repeatable [1, 2, 4, 8]",
+        _ATTACKER,
+        "--clients-in-sum",
+    ),
+]
+Colluding = Annotated[
+    int | None, _option("clients of every sum who tell the server their updates [0]", _ATTACKER)
+]
 Targets = Annotated[int | None, _option("updates attacked per finding [by budget]", _EFFORT)]
 Clients = Annotated[int | None, _option("clients that the targets come from [one each]", _EFFORT)]
 Seed = Annotated[int | None, _option("every random draw derives from it [0]", _EFFORT)]
@@ -200,6 +214,9 @@ def audit(
     prior: Prior = None,
     bn_knowledge: BnKnowledge = None,
     server: Server = None,
+    view: View = None,
+    clients_in_sum: ClientsInSum = None,
+    colluding: Colluding = None,
     targets: Targets = None,
     clients: Clients = None,
     seed: Seed = None,

@@ -13,7 +13,7 @@ from gradleak.defenses.noise import GaussianNoise
 from gradleak.defenses.sheet import Sheet
 from gradleak.defenses.wrapped import Unbiased, difference, noised, norm
 from gradleak.errors import InvalidInput
-from gradleak.mechanisms import FedSGD
+from gradleak.mechanisms import FedSGD, summed
 from gradleak.mechanisms.client import check_positive
 from gradleak.types import Batch, Likelihood, Mechanism, ModelState, Update
 
@@ -101,3 +101,9 @@ class _Private(Unbiased):
 
     def likelihood(self, *, batch_size: int) -> Likelihood:
         return noised(self.inner, self.rule.noise(batch_size))
+
+    def pooled(self, clients: int) -> Mechanism | None:
+        """Noise on every update averages to std/√n."""
+        if self.rule.scope == "example":
+            return None
+        return self.rule.noise(1).averaged(clients)(summed(self.inner, clients))

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradleak.defenses.sheet import Sheet
 from gradleak.defenses.wrapped import Noise, Unbiased, difference, noised, norm, undefended
 from gradleak.errors import IntractableLikelihood, InvalidInput
-from gradleak.mechanisms import FedSGD
+from gradleak.mechanisms import FedSGD, summed
 from gradleak.seeding import normal
 from gradleak.types import Batch, Likelihood, Mechanism, ModelState, Update
 
@@ -185,6 +185,15 @@ class _Noised(Unbiased):
     def likelihood(self, *, batch_size: int) -> Likelihood:
         rule = self.rule
         return noised(self.inner, rule.averaged(batch_size) if rule.scope == "example" else rule)
+
+    def pooled(self, clients: int) -> Mechanism | None:
+        """Noise of n clients averages to std/√n; by example it does so with the joint batch."""
+        if not isinstance(self.rule, GaussianNoise):
+            return None
+        rule = self.rule
+        if rule.scope == "update":
+            rule = rule.averaged(clients)
+        return _Noised(summed(self.inner, clients), rule)
 
     def noised(self, noise: Noise) -> Likelihood:
         own = self.rule

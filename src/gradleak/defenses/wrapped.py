@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradleak.defenses.sheet import Sheet
 from gradleak.errors import IntractableLikelihood
+from gradleak.mechanisms.aggregate import Aggregate, summed
 from gradleak.mechanisms.likelihood import Likely
 from gradleak.mechanisms.vertical import Vertical
 from gradleak.types import (
@@ -495,6 +496,8 @@ def undefended(mechanism: Mechanism) -> Mechanism:
     """Peel every protection off: what an attacker unaware of them believes."""
     while isinstance(mechanism, Wrapped):
         mechanism = mechanism.inner
+    if isinstance(mechanism, Aggregate):
+        return summed(undefended(mechanism.inner), mechanism.clients)
     return mechanism
 
 
@@ -503,6 +506,8 @@ def rebased(mechanism: Mechanism, **changes: object) -> Mechanism:
     if isinstance(mechanism, Wrapped):
         outer: Mechanism = _around(mechanism, rebased(mechanism.inner, **changes))
         return outer
+    if isinstance(mechanism, Aggregate):
+        return summed(rebased(mechanism.inner, **changes), mechanism.clients)
     if not is_dataclass(mechanism):
         return mechanism
     known = {k: v for k, v in changes.items() if hasattr(mechanism, k)}

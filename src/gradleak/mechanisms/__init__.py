@@ -1,5 +1,6 @@
 """Local training as mechanisms p(update | state, batch)."""
 
+from gradleak.mechanisms.aggregate import Aggregate, summed
 from gradleak.mechanisms.fedavg import FedAvg
 from gradleak.mechanisms.fedsgd import FedSGD
 from gradleak.mechanisms.vertical import Vertical
@@ -8,4 +9,4 @@ MECHANISMS: dict[str, type[FedSGD] | type[FedAvg] | type[Vertical]] = {
     m.id: m for m in (FedSGD, FedAvg, Vertical)
 }
 
-__all__ = ["MECHANISMS", "FedAvg", "FedSGD", "Vertical"]
+__all__ = ["MECHANISMS", "Aggregate", "FedAvg", "FedSGD", "Vertical", "summed"]

@@ -46,5 +46,9 @@ class FedSGD(Likely):
     def as_gradient(self, update: Update, *, batch_size: int) -> Update:
         return update
 
+    def pooled(self, clients: int) -> FedSGD | None:
+        """The mean of gradients of equal batches is the gradient of their union."""
+        return self if self.batch_norm == "eval" else None
+
     def likelihood(self, *, batch_size: int) -> Likelihood:
         raise IntractableLikelihood("fedsgd is deterministic: it has no density")

@@ -212,14 +212,20 @@ def scatter(points: Sequence[tuple[float, float]], *, name: str) -> Markup:
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def trend(points: Sequence[Point], *, name: str) -> Markup:
-    """Draw mean PSNR (dB) with intervals over categories such as training stages."""
+def trend(
+    points: Sequence[Point], *, name: str, axis: str = "mean PSNR (dB)", top: float = PSNR_TOP
+) -> Markup:
+    """Draw mean PSNR (dB) with intervals over categories such as training stages.
+
+    With `top` 1 the values are shares.
+    """
     height = _BOTTOM - _TOP
 
-    def y(psnr_db: float) -> float:
-        return _BOTTOM - height * min(max(psnr_db, 0.0), PSNR_TOP) / PSNR_TOP
+    def y(value: float) -> float:
+        return _BOTTOM - height * min(max(value, 0.0), top) / top
 
-    body = _frame([(str(tick), 1 - tick / PSNR_TOP) for tick in range(0, int(PSNR_TOP) + 1, 20)])
+    ticks = range(0, int(PSNR_TOP) + 1, 20) if top == PSNR_TOP else (0, 50, 100)
+    body = _frame([(str(tick), 1 - tick / ticks[-1]) for tick in ticks])
     step = (_RIGHT - _LEFT) / len(points)
     centres = [_LEFT + step * (position + 0.5) for position in range(len(points))]
     for x, point in zip(centres, points, strict=True):
@@ -229,7 +235,7 @@ def trend(points: Sequence[Point], *, name: str) -> Markup:
         )
     body += (
         f'<text x="{(_LEFT + _RIGHT) / 2:.0f}" y="{_BOTTOM + 32:.0f}" text-anchor="middle">'
-        "mean PSNR (dB)</text>"
+        f"{axis}</text>"
     )
     for css, values in (
         ("guess", [p.guess for p in points]),

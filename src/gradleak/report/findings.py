@@ -29,6 +29,9 @@ least half of the clients unidentified with 95 % confidence, and the same attack
 threat leaks the same scenario without the protection. A weak or broken attack can therefore never
 certify anything.
 
+A sum of clients without protections of their own is a scenario like any other and never a
+protection: attacks that fail on it leave it *"inconclusive"*.
+
 *"inconclusive"* otherwise; `reason` names the first condition that fails.
 """
 
@@ -65,6 +68,7 @@ Finding = dict[str, Any]
 Json = Mapping[str, Any]
 Scores = Mapping[str, Sequence[float]]
 
+_BARE = {"client": "no protection is in place", "aggregate": "nothing but the sum protects"}
 _RATES = {"identified": "", "label_accuracy": ""}
 NO_CLAIM = ("failed", "diverged", "no_solution")
 _COUNTED = ("solved", "diverged", "failed", "no_solution")
@@ -177,6 +181,8 @@ def headline(found: Sequence[Finding]) -> str:
             if finding["defense"] == "none"
             else f"updates under {as_given(finding)}"
         )
+        if finding["scenario"].get("clients", 1) > 1:
+            where += f", of which only sums over {finding['scenario']['clients']} clients are seen"
         if clauses:
             clause = f"{share} from {where}"
         else:
@@ -534,9 +540,10 @@ def _verdict(finding: Finding, targets: Sequence[_Target]) -> tuple[str, str]:
             f"gives {identified['chance']:.1%} and the control {identified['control']:.0%}"
         )
     clients = len({t.client for t in targets})
+    bare = _BARE[finding["threat"].get("view", "client")]
     no_claim = trials["failed"] + trials["diverged"] + trials["no_solution"]
     doubts = {
-        "no protection is in place, and this attack shows no leak": finding["defense"] == "none",
+        f"{bare}, and this attack shows no leak": finding["defense"] == "none",
         "the attack did not know the protection": not finding["adaptive"],
         f"{no_claim} of {trials['run']} targets without a claim: "
         f"{trials['failed']} failed, {trials['diverged']} diverged, "

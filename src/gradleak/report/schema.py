@@ -94,12 +94,17 @@ _FINDING: dict[str, Any] = {
         "state": {
             "enum": ["measured", "inconclusive", "unscored", "not_applicable", "not_run", "error"]
         },
-        "scenario": {"type": "object", "required": ["data", "model"]},
+        "scenario": {
+            "type": "object",
+            "required": ["data", "model"],
+            "properties": {"clients": _COUNT, "honest_clients": _COUNT},
+        },
         "threat": {
             "type": "object",
             "properties": {
                 "server": {"enum": ["honest", "malicious"]},
                 "view": {"enum": ["client", "aggregate"]},
+                "colluding": _COUNT,
                 "knows": _TEXTS,
             },
         },

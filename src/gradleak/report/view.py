@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,13 @@ GALLERIES = 12
 """Protections pictured before the rest is folded away."""
 CLAUSES = 4
 """Clauses of the headline after the first that the opening repeats."""
+
+SUMS = (
+    "Mean PSNR, and the share of images identified, with intervals, by the strongest attack at "
+    "each point. Attacks that fall short on a large sum say nothing about safety unless their "
+    "misses are information-limited."
+)
+"""What the curve over honest clients shows."""
 
 _ORDER = ("leaks", "inconclusive", "protected", "untested")
 _BROKEN = ("failed", "diverged", "no_solution")
@@ -70,6 +78,7 @@ class Finding:
         self.targets: list[Json] = list(raw.get("targets") or ())
         self.trials: Json = raw.get("trials") or {}
         self.batch = int(raw["scenario"].get("batch_size") or 1)
+        self.batch *= int(raw["scenario"].get("honest_clients") or 1)
         self._directory = directory
 
     @property
@@ -326,6 +335,7 @@ class Trend:
     topic: str
     title: str
     panels: list[tuple[Finding, Markup]]
+    note: str = "Mean PSNR with intervals, by the strongest attack at each point."
 
 
 class Report:
@@ -538,6 +548,7 @@ class Report:
             for key, topic, label in (
                 ("stage", "training stage", "{}"),
                 ("batch_size", "batch size", "batch {}"),
+                ("honest_clients", "number of honest clients in a sum", "{}"),
             )
             if (trend := self._trend(key, topic, label)).panels
         ]
@@ -562,7 +573,10 @@ class Report:
             words = [f"{wording.decibels(point.value)} at {point.label}" for point in points]
             titles.append(f"{best[0].name}: {wording.listing(words)}")
             panels.append((best[0], charts.trend(points, name=titles[-1])))
-        return Trend(key.replace("_", "-"), topic, titles[0] if titles else "", panels)
+            if key == "honest_clients":
+                panels.append((best[0], _identification(best, label, category)))
+        known = Trend(key.replace("_", "-"), topic, titles[0] if titles else "", panels)
+        return known if key != "honest_clients" else dataclasses.replace(known, note=SUMS)
 
     @property
     def threats(self) -> list[tuple[list[str], int]]:
@@ -668,6 +682,23 @@ class Report:
             rows = finding.rows(pictured=left)
             left -= sum(row.picture is not None for row in rows)
             yield finding, rows, any(row.picture for row in rows)
+
+
+def _identification(
+    found: Sequence[Finding], label: str, category: Callable[[Finding], object]
+) -> Markup:
+    """The share of images identified along an axis."""
+    points = [
+        charts.Point(
+            label.format(category(f)),
+            *(m.get(k) for k in ("value", "low", "high", "control", "baseline")),
+        )
+        for f in found
+        if (m := f.identified)
+    ]
+    words = [f"{wording.percent(point.value)} at {point.label}" for point in points]
+    name = f"{found[0].name}: identified {wording.listing(words)}"
+    return charts.trend(points, name=name, axis="identified (%)", top=1.0)
 
 
 def _protection(group: Sequence[Finding], verdict: str) -> Protection:

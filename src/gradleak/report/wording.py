@@ -34,7 +34,7 @@ SERVERS = {
 }
 VIEWS = {
     "client": "It sees the update of each client on its own: no secure aggregation.",
-    "aggregate": "It sees only the sum of the clients' updates.",
+    "aggregate": "It sees only the sum of the clients' updates, and knows how many took part.",
 }
 MECHANISMS = {
     "fedsgd": "the gradient of one batch",
@@ -130,6 +130,8 @@ def setting(scenario: Json) -> str:
         parts.append(str(scenario.get("mechanism_spec") or scenario["mechanism"]))
     if scenario.get("batch_size"):
         parts.append(f"batch {scenario['batch_size']}")
+    if scenario.get("clients"):
+        parts.append(f"sum of {plural(scenario['clients'], 'client')}")
     return " · ".join(parts)
 
 
@@ -188,6 +190,12 @@ def threat(model: Json) -> list[str]:
     """Describe a threat model in plain sentences."""
     knows = [str(fact) for fact in model.get("knows", ())]
     sentences = [SERVERS[model.get("server", "honest")], VIEWS[model.get("view", "client")]]
+    if model.get("colluding"):
+        sentences.append(
+            f"{plural(model['colluding'], 'client')} of every sum "
+            f"{'tells' if model['colluding'] == 1 else 'tell'} it the update sent, which it "
+            "subtracts."
+        )
     words = [FACTS.get(fact, fact) for fact in knows]
     sentences.append(
         f"Besides the broadcast model and the update, it knows {listing(words)}."

@@ -61,6 +61,7 @@ def ceiling(
     *,
     batch_size: int,
     guesses: int,
+    clients: int = 1,
 ) -> dict[str, Any]:
     """The largest success that any attack can expect against a protected client.
 
@@ -71,6 +72,8 @@ def ceiling(
         spec: form of the data.
         batch_size: examples of the client.
         guesses: claims per update.
+        clients: honest ones, whose mean alone is seen: that divides what one of them changes by
+            n and the noise by √n.
 
     Returns:
         "identified", a share, its "kappa" and "noise_multiplier", the "epsilon" of one update at
@@ -82,22 +85,21 @@ def ceiling(
         found = "batch-normalisation statistics are granted, which no noise covers"
     if isinstance(found, str):
         return {"why_not": found}
+    multiplier, examples = found.multiplier * math.sqrt(clients), batch_size * clients
     low, high = spec.bounds
     radii = [(high - low) * 10 ** (-psnr / 20) for psnr in PSNR_DB]
     kappas = best_guess(
         bank.inputs,
         [SAME, *((2 * radius) ** 2 for radius in radii)],
         labels=bank.classes if Fact.LABELS in threat.knows else None,
-        guesses=max(guesses, batch_size),
-        others=batch_size - 1 if found.by_example else 0,
+        guesses=max(guesses, examples),
+        others=examples - 1 if found.by_example else 0,
     )
-    proved = [
-        gaussian_ceiling(k, noise_multiplier=found.multiplier) if k < 1 else 1.0 for k in kappas
-    ]
+    proved = [gaussian_ceiling(k, noise_multiplier=multiplier) if k < 1 else 1.0 for k in kappas]
     delta = found.rule.delta if found.rule else DELTA
     return {
-        "noise_multiplier": found.multiplier,
-        "epsilon": epsilon(delta, noise_multiplier=found.multiplier),
+        "noise_multiplier": multiplier,
+        "epsilon": epsilon(delta, noise_multiplier=multiplier),
         "delta": delta,
         "accounted": accounted(found.rule) if found.rule else None,
         "kappa": kappas[0],

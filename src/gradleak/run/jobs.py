@@ -7,11 +7,12 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from gradleak import registry
 from gradleak.attacks import ATTACKS
@@ -26,7 +27,7 @@ from gradleak.run.beliefs import Belief
 from gradleak.run.settings import AuditSettings
 from gradleak.run.states import Broadcast
 from gradleak.threat import ThreatModel
-from gradleak.types import Fact, Mechanism
+from gradleak.types import Fact, Mechanism, View
 
 LARGEST_GROUP = 8
 """Targets that one job attacks side by side."""
@@ -61,6 +62,10 @@ class JobSpec:
         local_learning_rate: of FedAvg.
         batch_norm: statistics the client normalises by.
         batch_size: examples per client.
+        view: whether single updates are seen, or sums.
+        clients_in_sum: whose updates are seen as one.
+        colluding: the last ones of these, who tell the server theirs.
+        slots: targets among which the private pool is shared out, where there are sums.
         attack: id of the attack; `attack_spec` has every field.
         defense: id of the protection; `defense_spec` has every field.
         knows: facts granted.
@@ -71,8 +76,10 @@ class JobSpec:
         server: server behaviour.
         seed: of the run.
         group: number of the group within the finding.
-        targets: numbers of the targets; target t holds examples t·b to (t+1)·b of the private pool.
-        clients: client of each target.
+        targets: numbers of the targets; client i of target t holds the examples from
+            (i·slots + t)·b to (i·slots + t + 1)·b of the private pool, so that larger sums add
+            clients to smaller ones.
+        clients: client of each target, or number of the sum.
         spare: a target of another client, attacked for the control alone; None where the group
             has two clients.
         bank: examples of the private pool that form the identification bank.
@@ -128,6 +135,10 @@ class JobSpec:
     device: str
     engine: Engine | None = None
     trials_at_once: int | None = None
+    view: View = "client"
+    clients_in_sum: int = 1
+    colluding: int = 0
+    slots: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The job as plain JSON values."""
@@ -155,11 +166,28 @@ class JobSpec:
         return dataclasses.replace(self, key=hashlib.sha256(text.encode()).hexdigest()[:16])
 
     @property
+    def honest(self) -> int:
+        """Clients of a target whose updates the server does not know."""
+        return self.clients_in_sum - self.colluding
+
+    @property
+    def examples(self) -> int:
+        """Private examples of a target."""
+        return self.batch_size * self.honest
+
+    def indices(self, target: int, division: Split) -> Tensor:
+        """Examples of a target's clients in turn."""
+        starts = [(i * self.slots + target) * self.batch_size for i in range(self.clients_in_sum)]
+        return torch.cat([division.clients[s : s + self.batch_size] for s in starts])
+
+    @property
     def threat(self) -> ThreatModel:
         """The threat model of the job."""
         return ThreatModel(
             knows=frozenset(Fact(fact) for fact in self.knows),
             server=self.server,  # type: ignore[arg-type]
+            view=self.view,
+            colluding=self.colluding,
             batch_norm=self.bn_knowledge,  # type: ignore[arg-type]
         )
 
@@ -179,6 +207,9 @@ class JobSpec:
         if self.mechanism == "fedavg":
             scenario["local_steps"] = self.local_steps
             scenario["local_learning_rate"] = self.local_learning_rate
+        if self.view == "aggregate":
+            scenario["clients"] = self.clients_in_sum
+            scenario["honest_clients"] = self.honest
         return scenario
 
 
@@ -303,13 +334,17 @@ def plan(
     attacks = {spec: attack_spec(spec, budget=settings.budget) for spec in settings.attack}
     defenses = {spec: defense_spec(spec) for spec in settings.defense}
     fedavg = settings.mechanism == "fedavg"
+    alone = clients == 1
+    slots = targets + alone
     jobs = []
-    for stage, batch_size in _pairs(list(states), settings.batch_size):
-        alone = clients == 1
-        needed = (targets + alone) * batch_size
+    for stage, batch_size, in_sum in _cases(list(states), settings.batch_size, settings.sums):
+        needed = slots * batch_size * max(settings.sums)
         if needed > pool:
+            each = f"{batch_size} examples"
+            if settings.view == "aggregate":
+                each += f" of each of {max(settings.sums)} clients"
             raise InvalidInput(
-                f"{targets} targets of {batch_size} examples need {needed} private examples: "
+                f"{targets} targets of {each} need {needed} private examples: "
                 f"{dataset.name} has {pool}; ask for fewer --targets or a smaller --batch-size"
             )
         for defense, (defense_id, full_defense) in defenses.items():
@@ -319,6 +354,10 @@ def plan(
                 full_attack = attacks[attack]
                 knows = set(settings.knows) - (set() if aware else {Fact.MECHANISM})
                 mechanism = f"{settings.mechanism}-b{batch_size}"
+                if settings.view == "aggregate":
+                    mechanism += f"-n{in_sum}" + f"-k{settings.colluding}" * (
+                        settings.colluding > 0
+                    )
                 finding = "/".join(
                     (dataset.name, settings.model, stage, mechanism, defense, attack)
                 ) + ("" if aware else UNAWARE)
@@ -366,6 +405,10 @@ def plan(
                             bounds_file=scores.path if scores else None,
                             bounds_digest=scores.digest if scores else None,
                             device=device_of(settings),
+                            view=settings.view,
+                            clients_in_sum=in_sum,
+                            colluding=settings.colluding,
+                            slots=slots if in_sum > 1 else 0,
                         ).keyed()
                     )
     return jobs
@@ -387,8 +430,10 @@ def adaptive(job: JobSpec) -> bool:
     return job.defense == "none" or Fact.MECHANISM in job.knows
 
 
-def _pairs(stages: Sequence[str], sizes: Sequence[int]) -> list[tuple[str, int]]:
-    return [(stage, size) for stage in stages for size in dict.fromkeys(sizes)]
+def _cases(
+    stages: Sequence[str], sizes: Sequence[int], sums: Sequence[int]
+) -> Iterator[tuple[str, int, int]]:
+    return itertools.product(stages, dict.fromkeys(sizes), sums)
 
 
 def _spare(owners: tuple[int, ...], members: range, *, clients: int, targets: int) -> int | None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from gradleak.defenses import Wrapped, difference, norm, undefended
+from gradleak.mechanisms.aggregate import parts
 from gradleak.mechanisms.client import normalises
 from gradleak.scenario import Scenario
 from gradleak.seeding import child
@@ -132,13 +133,17 @@ def _residual(seen: Observation, truth: Truth) -> list[Doubt]:
 def _protections(
     scenario: Scenario, state: ModelState, truth: Truth, *, generator: torch.Generator
 ) -> list[Doubt]:
-    """Replay every layer of the onion on equal draws and look at what it alone changed."""
+    """Replay every layer of the onion on equal draws and look at what it alone changed.
+
+    Of several clients in a sum, the first one's.
+    """
     doubts = []
+    batch = parts(truth.batch, truth.clients)[0]
     layer = scenario.mechanism
     while isinstance(layer, Wrapped):
         with torch.no_grad():
-            before = layer.inner.sample(state, truth.batch, generator=_stream(generator))
-            after = layer.sample(state, truth.batch, generator=_stream(generator))
+            before = layer.inner.sample(state, batch, generator=_stream(generator))
+            after = layer.sample(state, batch, generator=_stream(generator))
         name = layer.rule.id
         if norm(difference(after, before)) == 0:
             doubts.append(Doubt(f"{name} did not change the update: norm {{:.3g}}", norm(after)))

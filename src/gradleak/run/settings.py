@@ -14,21 +14,24 @@ from typing import Any, Literal
 
 from gradleak import registry
 from gradleak.errors import CorruptFile, InvalidInput, nearest
-from gradleak.mechanisms import MECHANISMS
+from gradleak.mechanisms import MECHANISMS, Vertical
 from gradleak.threat import BatchNormKnowledge
-from gradleak.types import Fact
+from gradleak.types import Fact, View
 
 Budget = Literal["quick", "standard", "thorough"]
 
 TARGETS: Mapping[str, int] = {"quick": 8, "standard": 16, "thorough": 64}
 """Targets of a finding by budget; the attacks keep their own steps by budget."""
 
+CLIENTS_IN_SUM = (1, 2, 4, 8)
+"""Clients in a secure sum where none are named: how fast leakage falls with their number."""
+
 METRIC_NAMES = ("psnr_db", "ssim", "mse", "identified", "label_accuracy")
 
 _LARGEST = 1_000_000
 """Bound on counts: beyond it a request is a slip of the keyboard, not an audit."""
 
-_POSITIVE = ("batch_size", "targets", "clients", "local_steps")
+_POSITIVE = ("batch_size", "targets", "clients", "local_steps", "clients_in_sum")
 
 
 KNOWN_BY_DEFAULT = ("batch_size", "mechanism")
@@ -59,6 +62,9 @@ class AuditSettings:
             grants it.
         bn_knowledge: what the attacker knows of batch-normalisation layers.
         server: whether the server may alter the broadcast state.
+        view: whether the server sees every update, or only secure sums of them.
+        clients_in_sum: clients whose updates are summed, one finding each; with view "aggregate".
+        colluding: clients of every sum who tell the server their updates.
         targets: updates attacked per finding.
         clients: clients the targets come from; intervals are clustered by client.
         seed: every random draw derives from it.
@@ -100,6 +106,9 @@ class AuditSettings:
     prior: str = "gaussian"
     bn_knowledge: BatchNormKnowledge = "inferred"
     server: Literal["honest", "malicious"] = "honest"
+    view: View = "client"
+    clients_in_sum: tuple[int, ...] | None = None
+    colluding: int = 0
     targets: int | None = None
     clients: int | None = None
     seed: int = 0
@@ -176,8 +185,39 @@ class AuditSettings:
                 f"--clients {self.clients} contradicts --targets {self.resolved_targets}: "
                 "every client is attacked at least once"
             )
+        self._check_view()
         for condition in self.fail_on:
             Condition.parse(condition)
+
+    def _check_view(self) -> None:
+        if self.view != "aggregate":
+            for name in ("clients_in_sum", "colluding"):
+                if getattr(self, name):
+                    raise InvalidInput(f"{option(name)}: expected --view aggregate")
+            return
+        if not 0 <= self.colluding < min(self.sums):
+            raise InvalidInput(
+                f"--colluding {self.colluding}: expected fewer than the {min(self.sums)} clients "
+                "of the smallest sum"
+            )
+        if self.clients is not None:
+            raise InvalidInput(
+                "--clients contradicts --view aggregate: every sum has clients of its own"
+            )
+        if registry.split_spec(self.mechanism)[0] == Vertical.id:
+            raise InvalidInput("--view aggregate: expected --mechanism fedsgd or fedavg")
+        for fact in (Fact.BN_STATISTICS, Fact.MINIBATCH_ORDER):
+            if fact in self.knows and max(self.sums) > 1:
+                raise InvalidInput(
+                    f"--knows {fact} contradicts --view aggregate: a sum of clients has none"
+                )
+
+    @property
+    def sums(self) -> tuple[int, ...]:
+        """Clients whose updates are seen as one; 1 where every update is seen."""
+        if self.view != "aggregate":
+            return (1,)
+        return tuple(dict.fromkeys(self.clients_in_sum or CLIENTS_IN_SUM))
 
     @property
     def grants_prior(self) -> bool:

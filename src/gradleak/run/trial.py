@@ -22,6 +22,7 @@ from gradleak.attacks.recipe import Recipe
 from gradleak.data import Dataset, Split
 from gradleak.defenses import rebased
 from gradleak.errors import GradleakError, InvalidInput, NotApplicable
+from gradleak.mechanisms import summed
 from gradleak.priors import Gaussians
 from gradleak.run.beliefs import believed
 from gradleak.run.ceilings import ceiling
@@ -172,15 +173,15 @@ def simulate_targets(job: JobSpec, dataset: Dataset, division: Split) -> list[_T
     spare = [] if job.spare is None else [(job.spare, -1)]
     targets = []
     for target, client in [*zip(job.targets, job.clients), *spare]:
-        first = target * job.batch_size
         scenario = Scenario(
             data=dataset,
             model=state,
             mechanism=mechanism,
             threat=job.threat,
             batch_size=job.batch_size,
-            indices=division.clients[first : first + job.batch_size],
+            indices=job.indices(target, division),
             client=client,
+            clients=job.clients_in_sum,
             prior=prior,
         )
         generator = torch.Generator().manual_seed(derive(job.seed, "client", target))
@@ -225,7 +226,7 @@ def _broadcast(job: JobSpec, dataset: Dataset, division: Split) -> ModelState:
         state,
         dataset.batch(division.public[:PUBLIC]),
         data=dataset.spec,
-        batch_size=job.batch_size,
+        batch_size=job.examples,
         generator=torch.Generator().manual_seed(derive(job.seed, "plant")),
     )
 
@@ -306,6 +307,7 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
             candidates,
             dataset.spec,
             batch_size=job.batch_size,
+            clients=job.honest,
             guesses=max(len(c.batch) for c in claims),
         ),
         "tensors": f"{TENSORS}/{job.key}.safetensors",
@@ -391,6 +393,7 @@ def _foretold(job: JobSpec, dataset: Dataset | None) -> dict[str, Any] | None:
     scored = []
     for number, target in zip(job.targets, targets, strict=True):
         client = rebased(target.scenario.mechanism, fixed_order=target.truth.order)
+        client = summed(client, job.honest)
         scores = predictions(
             client,
             target.scenario.state,
@@ -404,11 +407,11 @@ def _foretold(job: JobSpec, dataset: Dataset | None) -> dict[str, Any] | None:
     known: dict[str, Any] = {"targets": scored, "prior": registry.describe(prior.family)}
     if job.group == 0:
         known["floor"] = floor(
-            targets[0].scenario.mechanism,
+            summed(targets[0].scenario.mechanism, job.honest),
             targets[0].scenario.state,
             prior=prior,
             spec=dataset.spec,
-            batch_size=job.batch_size,
+            batch_size=job.examples,
             generator=torch.Generator().manual_seed(derive(job.seed, "bounds")),
         )
     return known
@@ -429,6 +432,7 @@ def _record(job: JobSpec, *, state: str, reason: str | None) -> dict[str, Any]:
             "batch_norm": job.threat.batch_norm,
             "prior": job.prior,
             "prior_digest": job.prior_digest,
+            **({"colluding": job.colluding} if job.view == "aggregate" else {}),
         },
         "attack": job.attack,
         "attack_spec": job.attack_spec,

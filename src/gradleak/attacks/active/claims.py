@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,7 +13,13 @@ from gradleak.errors import NotApplicable
 from gradleak.types import Batch, Observation, Reconstruction
 
 
-def claimed(seen: Observation, found: Tensor, message: str) -> Reconstruction:
+def claimed(
+    seen: Observation,
+    found: Tensor,
+    message: str,
+    *,
+    rule: Callable[[Observation], Tensor] = known_or_recovered,
+) -> Reconstruction:
     """Claim the examples found, and the middle of the box for the rest of the batch.
 
     Labels are those granted or recovered, as a multiset: nothing here ties one to an example.
@@ -21,6 +28,7 @@ def claimed(seen: Observation, found: Tensor, message: str) -> Reconstruction:
         seen: the observation.
         found: (k, *shape), the surest first; more than the batch holds are left out.
         message: one line of diagnosis.
+        rule: labels of the batch.
     """
     size = seen.knowledge.batch_size or 1
     low, high = seen.data.bounds
@@ -28,7 +36,7 @@ def claimed(seen: Observation, found: Tensor, message: str) -> Reconstruction:
     kept = found[:size].detach().cpu().to(inputs).clamp(low, high)
     inputs[: len(kept)] = kept
     try:
-        labels = known_or_recovered(seen).cpu()
+        labels = rule(seen).cpu()
     except NotApplicable:
         labels = torch.zeros(size, dtype=torch.int64)
     batch = Batch(inputs, labels)
