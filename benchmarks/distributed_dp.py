@@ -46,7 +46,7 @@ def gradients() -> np.ndarray:
     network = lenet(data.spec)
     chosen = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(1))
     rows = []
-    for part in chosen[: 8 * CLIENTS].split(8):
+    for part in torch.split(chosen[: 8 * CLIENTS], 8):
         images = data.images[part].float() / 255
         loss = torch.nn.functional.cross_entropy(network(images), data.labels[part])
         found = torch.autograd.grad(loss, list(network.parameters()))

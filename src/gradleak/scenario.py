@@ -106,7 +106,7 @@ def simulate(scenario: Scenario, *, generator: torch.Generator) -> tuple[Observa
         _play(
             scenario, own, generator=child(generator, f"client/{i} in the sum") if i else generator
         )
-        for i, own in enumerate(indices.split(scenario.batch_size))
+        for i, own in enumerate(torch.split(indices, scenario.batch_size))
     ]
     honest = plays[: scenario.clients - scenario.threat.colluding]
     exchanges = honest[0].exchanges
