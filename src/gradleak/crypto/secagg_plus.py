@@ -30,7 +30,7 @@ def degree(clients: int, colluding: int, dropouts: int) -> tuple[int, int]:
         n·P[≥ t of k neighbours collude] ≤ 2⁻⁴⁰,    n·P[< t of k neighbours are left] ≤ 2⁻³⁰,
         n·P[k/2 in a row collude or are lost] ≤ 2⁻⁴⁰ (else honest survivors are connected)
 
-    Source: Bell et al., section 3.4, with the hypergeometric tails computed exactly.
+    Source: after Bell et al., CCS 2020; the tails are exact hypergeometric ones.
 
     Raises:
         InvalidInput: not even all neighbours suffice.
