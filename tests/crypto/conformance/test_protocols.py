@@ -16,7 +16,9 @@ from tests.crypto.conformance.subjects import EACH, LONG, SUBJECTS
 
 
 def test_every_protocol_is_examined() -> None:
-    assert {subject.aggregation.id for subject in SUBJECTS.values()} == set(aggregations())
+    """But for noise around any of these, whose sums are not exact: test_distributed_dp."""
+    examined = {subject.aggregation.id for subject in SUBJECTS.values()}
+    assert examined | {"distributed-dp"} == set(aggregations())
 
 
 MATRIX = [
