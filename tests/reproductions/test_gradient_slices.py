@@ -16,6 +16,7 @@ from gradleak.reproductions.gradient_slices import (
     PROTECTIONS,
     PUBLISHED,
     GradientSlices,
+    _attack_rows,
     _same_side,
     _Size,
 )
@@ -79,6 +80,21 @@ def test_two_figures_agree_that_an_image_is_hidden_or_seen_or_cannot_tell() -> N
     assert _same_side(ours(20, 30), 18.5)
     assert not _same_side(ours(20, 30), 9.4)
     assert _same_side(ours(HIDDEN_DB - 1, HIDDEN_DB + 1), 9.4) is None
+
+
+@pytest.mark.parametrize(("undefended", "agrees"), [(40.0, True), (8.0, None)])
+def test_an_attack_that_fails_alone_says_nothing_of_protections(
+    undefended: float, agrees: bool | None
+) -> None:
+    """Every protected image ends at 8 dB."""
+    found = []
+    for attack in ATTACKS:
+        for line in LINES:
+            psnr = undefended if line == "none" else 8.0
+            scores = {"psnr_db": [psnr, psnr + 0.1], "ssim": [0.1, 0.1], "guess": [12.0, 12.0]}
+            found.append(({"attack": attack, "line": line, "data": "mnist"}, scores))
+    rows = {(r.row, r.metric): r for r in _attack_rows("mnist", found)}
+    assert rows["mnist, DLG / slices", "psnr_db"].agrees is agrees
 
 
 def test_every_published_table_has_the_same_lines() -> None:
