@@ -56,7 +56,7 @@ SPECS = {
 }
 """Settings under which five small clients may lose two."""
 
-PROTOCOLS = [SPECS.get(name, name) for name in crypto.aggregations()]
+PROTOCOLS = [SPECS.get(n, n) for n in crypto.aggregations() if n != "distributed-dp"]
 
 
 @pytest.fixture(autouse=True)
@@ -604,3 +604,8 @@ def test_on_flowers_simulation(tmp_path: Path, aggregation: str) -> None:
     rounds = json.loads((tmp_path / "ray" / "training.json").read_text())["rounds"]
     assert [r["failed"] for r in rounds] == [[], []]
     assert_same(tmp_path / "here", tmp_path / "ray")
+
+
+def test_noise_around_a_sum_is_refused_for_weights_would_drown_in_it() -> None:
+    with pytest.raises(InvalidInput, match="distributed-dp"):
+        secure_sum("distributed-dp:inner=secagg")

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from gradleak import crypto
 from gradleak.crypto import Terms
+from gradleak.crypto.distributed_dp import DistributedDP
 from gradleak.crypto.encoding import Reals
 from gradleak.crypto.protocol import HELPER
 from gradleak.crypto.protocol import SESSION as NAME
@@ -70,9 +71,11 @@ def secure_sum(
         kind: "delta" where the app replies weights; "gradient" where it replies gradients.
 
     Raises:
-        InvalidInput: unknown notation, or values without sense.
+        InvalidInput: unknown notation, values without sense, or noise around a sum.
     """
     made = crypto.build(aggregation)
+    if isinstance(made, DistributedDP):
+        raise InvalidInput(f"{made.id}: its noise would drown the weights of a mean, it is no sum")
     encoding = fixed_point(clip, bits)
     return SecureSum(Agreement(made, encoding, most_examples, least, attempts, kind))
 
