@@ -80,10 +80,10 @@ def test_the_test_tells_the_laws_apart() -> None:
 def test_large_noise_is_nearly_gaussian(
     draw: Callable[[float, int], Integers], variance: float
 ) -> None:
-    """Kolmogorov–Smirnov, n = 50000, alpha = 1e-6; 3 % less deviation would be found."""
+    """Kolmogorov–Smirnov, n = 50000, alpha = 1e-6; a tenth less deviation is found."""
     drawn = draw(variance, 50_000) / variance**0.5
     assert stats.kstest(drawn, "norm").pvalue > ALPHA
-    assert stats.kstest(drawn * 0.95, "norm").pvalue < ALPHA
+    assert stats.kstest(drawn * 0.9, "norm").pvalue < ALPHA
 
 
 @pytest.mark.parametrize("law", [_Gaussian(7.0), _Gaussian(1e9), _Poisson(300.2), _Poisson(1e11)])

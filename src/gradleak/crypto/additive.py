@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 
 from gradleak.crypto import keys
 from gradleak.crypto.encoding import fits
-from gradleak.crypto.protocol import HELPER, Party, Server, Step, Terms, Total, Vector
+from gradleak.crypto.protocol import (
+    HELPER,
+    Party,
+    Server,
+    Step,
+    Terms,
+    Total,
+    Vector,
+    check_minimum,
+)
 from gradleak.crypto.rejection import Aborted, Reason, Rejected
 from gradleak.crypto.sheet import Sheet
 from gradleak.crypto.wire import Words, decode, encode
@@ -378,10 +387,7 @@ class AdditiveMpc:
             InvalidInput: it does not, or there are too few clients.
         """
         fits(terms.encoding, clients=len(terms.clients), modulus=2**64)
-        if not 2 <= self.minimum <= len(terms.clients):
-            raise InvalidInput(
-                f"minimum={self.minimum}: expected 2 to {len(terms.clients)}, the clients"
-            )
+        check_minimum(self.minimum, terms)
 
     def server(self, terms: Terms) -> Server:
         """The asking server."""

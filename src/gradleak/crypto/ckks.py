@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gradleak.crypto.encoding import Integers, Reals
-from gradleak.crypto.homomorphic import Adder, Cipher, Homomorphic
+from gradleak.crypto.homomorphic import Adder, Cipher, Homomorphic, promises
 from gradleak.crypto.protocol import Terms
 from gradleak.crypto.rejection import Reason, Rejected
 from gradleak.crypto.sheet import Sheet
@@ -145,20 +145,10 @@ class Ckks(Homomorphic):
     """
 
     id: ClassVar[str] = "ckks"
-    sheet: ClassVar[Sheet] = Sheet(
+    sheet: ClassVar[Sheet] = promises(
         title="CKKS",
         paper="Cheon et al., ASIACRYPT 2017",
         link="https://eprint.iacr.org/2016/421",
-        trusts=(
-            "No client hands the key to the server: one that does opens every upload. The server "
-            "has one sum opened, of all who uploaded, and where nobody signs passes on public "
-            "keys unchanged."
-        ),
-        survives=(
-            "Any clients before their upload; all but one of `spares` at making the key and at "
-            "opening the sum; at least `minimum` uploads."
-        ),
-        leaks="To the server nothing but the sum; the clients that open it learn it too.",
         cost=(
             "4 steps; 32 bytes for an entry in uploads and in the server's memory; a transform "
             "for every 2045 entries, no modular powers."

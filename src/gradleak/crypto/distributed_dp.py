@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -212,7 +213,7 @@ class DistributedDP:
     def helpers(self) -> int:
         return self._aggregation.helpers
 
-    @property
+    @cached_property
     def _aggregation(self) -> Aggregation:
         from gradleak.crypto import build
 

@@ -23,8 +23,9 @@ import numpy as np
 
 from gradleak.crypto import keys
 from gradleak.crypto.encoding import Integers, fits
-from gradleak.crypto.protocol import Party, Server, Step, Terms, Total, Vector
+from gradleak.crypto.protocol import Party, Server, Step, Terms, Total, Vector, check_minimum
 from gradleak.crypto.rejection import Aborted, Reason, Rejected
+from gradleak.crypto.sheet import Sheet
 from gradleak.crypto.wire import Words, decode
 from gradleak.errors import InvalidInput
 
@@ -124,10 +125,7 @@ class Homomorphic(ABC):
         fits(terms.encoding, clients=len(terms.clients), modulus=2**63)
         if self.spares < 1:
             raise InvalidInput(f"spares={self.spares}: expected at least 1")
-        if not 2 <= self.minimum <= len(terms.clients):
-            raise InvalidInput(
-                f"minimum={self.minimum}: expected 2 to {len(terms.clients)}, the clients"
-            )
+        check_minimum(self.minimum, terms)
         if terms.verifying is not None and not set(terms.verifying) >= set(terms.clients):
             raise InvalidInput("verifying keys of some clients only: expected all or none")
         if self.slots(terms) <= TAGS:
@@ -140,6 +138,26 @@ class Homomorphic(ABC):
     def pieces(self, terms: Terms) -> int:
         """Ciphertexts of a vector."""
         return -(-terms.length // self.room(terms))
+
+
+def promises(*, title: str, paper: str, link: str, cost: str) -> Sheet:
+    """The data sheet of a cipher: what it promises, every one does."""
+    return Sheet(
+        title=title,
+        paper=paper,
+        link=link,
+        trusts=(
+            "No client hands the key to the server: one that does opens every upload. The server "
+            "has one sum opened, of all who uploaded, and where nobody signs passes on public "
+            "keys unchanged."
+        ),
+        survives=(
+            "Any clients before their upload; all but one of `spares` at making the key and at "
+            "opening the sum; at least `minimum` uploads."
+        ),
+        leaks="To the server nothing but the sum; the clients that open it learn it too.",
+        cost=cost,
+    )
 
 
 class Holder:
@@ -201,13 +219,16 @@ class Running:
         Raises:
             Rejected: BAD_CIPHERTEXT; those before it are added.
         """
+        self.add(map(self._adder.take, chunks))
+
+    def add(self, taken: Iterable[Any]) -> None:
+        """Add an upload's ciphertexts, in their own type."""
         first = not self._sums
-        for k, chunk in enumerate(chunks):
-            taken = self._adder.take(chunk)
+        for k, one in enumerate(taken):
             if first:
-                self._sums.append(taken)
+                self._sums.append(one)
             else:
-                self._sums[k] = self._adder.add(self._sums[k], taken)
+                self._sums[k] = self._adder.add(self._sums[k], one)
 
     def chunks(self) -> Iterator[bytes]:
         """The sum, ciphertext by ciphertext."""
@@ -355,9 +376,7 @@ class HomomorphicServer(Server):
                 self._made[sender] = reply, self._scheme.adder(self.terms, reply.public)
         elif step == 2:
             _complete(reply.ciphertexts, self._scheme.pieces(self.terms))
-            for ciphertext in reply.ciphertexts.values():
-                self._adder.take(ciphertext)
-            self._running.add_chunks(reply.ciphertexts.values())
+            self._running.add([self._adder.take(c) for c in reply.ciphertexts.values()])
         else:
             self._opened[sender] = self._judged(reply.values)
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gradleak.crypto.encoding import Integers
-from gradleak.crypto.homomorphic import Adder, Cipher, Homomorphic
+from gradleak.crypto.homomorphic import Adder, Cipher, Homomorphic, promises
 from gradleak.crypto.protocol import Terms
 from gradleak.crypto.rejection import Reason, Rejected
 from gradleak.crypto.sheet import Sheet
@@ -112,20 +112,10 @@ class Paillier(Homomorphic):
     unsafe_small_keys: bool = False
 
     id: ClassVar[str] = "paillier"
-    sheet: ClassVar[Sheet] = Sheet(
+    sheet: ClassVar[Sheet] = promises(
         title="Paillier with packing",
         paper="Paillier, EUROCRYPT 1999; Zhang et al. (BatchCrypt), USENIX ATC 2020",
         link="https://www.usenix.org/conference/atc20/presentation/zhang-chengliang",
-        trusts=(
-            "No client hands the key to the server: one that does opens every upload. The server "
-            "has one sum opened, of all who uploaded, and where nobody signs passes on public "
-            "keys unchanged."
-        ),
-        survives=(
-            "Any clients before their upload; all but one of `spares` at making the key and at "
-            "opening the sum; at least `minimum` uploads."
-        ),
-        leaks="To the server nothing but the sum; the clients that open it learn it too.",
         cost=(
             "4 steps; one ciphertext of 2·bits for some 70 entries at 2048 bits; a modular power "
             "each for client and opener, a product for the server."

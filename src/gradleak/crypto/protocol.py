@@ -288,6 +288,16 @@ class Server(ABC):
         """The sum, after the last step."""
 
 
+def check_minimum(minimum: int, terms: Terms) -> None:
+    """Return if a sum can have, and must have, so many clients.
+
+    Raises:
+        InvalidInput: fewer than 2, or more than there are.
+    """
+    if not 2 <= minimum <= len(terms.clients):
+        raise InvalidInput(f"minimum={minimum}: expected 2 to {len(terms.clients)}, the clients")
+
+
 class Aggregation(Protocol):
     """A protocol with its parameters: it makes both sides of a round.
 

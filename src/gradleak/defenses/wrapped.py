@@ -322,7 +322,7 @@ class Remembering(Protocol):
 
 
 @dataclass(frozen=True)
-class Counted(Wrapped):
+class Counted(Wrapped, ABC):
     """A random layer that treats later rounds otherwise: its clients count them."""
 
     @property
@@ -341,6 +341,7 @@ class Counted(Wrapped):
         sent = self.sent(clean, state, batch, earlier=int(number), generator=generator)
         return sent, {"round": number + 1}
 
+    @abstractmethod
     def sent(
         self,
         clean: Update,
@@ -351,7 +352,6 @@ class Counted(Wrapped):
         generator: torch.Generator,
     ) -> Update:
         """What is made of the layer inside's update, `earlier` rounds after the first."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
