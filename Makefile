@@ -45,7 +45,7 @@ distclean: clean ## remove the environment too
 
 # A stamp file per layer: set-up runs again only when the declared dependencies change.
 $(VENV)/.dev: $(VENV)/.core
-	$(INSTALL) -e '.[cma,crypto,data,dp,dev,federate]'
+	$(INSTALL) -e '.[cma,crypto,data,diffusion,dp,dev,federate]'
 	@touch $@
 
 $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradleak.data import Dataset
 from gradleak.defenses import rebased, undefended
 from gradleak.errors import InvalidInput
-from gradleak.mechanisms import FedAvg, FedSGD, Vertical
+from gradleak.mechanisms import Diffusing, Draws, FedAvg, FedSGD, Vertical
 from gradleak.mechanisms.aggregate import joined, mean
 from gradleak.mechanisms.client import batch_norm_statistics
 from gradleak.mechanisms.fedavg import Order
@@ -78,7 +78,7 @@ class Scenario:
             raise InvalidInput("a sum of vertical clients: expected fedsgd or fedavg")
         if self.clients == 1:
             return
-        for fact in (Fact.BN_STATISTICS, Fact.MINIBATCH_ORDER):
+        for fact in (Fact.BN_STATISTICS, Fact.MINIBATCH_ORDER, Fact.TIMESTEPS, Fact.NOISE):
             if fact in self.threat.knows:
                 raise InvalidInput(f"a sum of {self.clients} clients has no {fact} to grant")
 
@@ -125,6 +125,7 @@ def simulate(scenario: Scenario, *, generator: torch.Generator) -> tuple[Observa
         colluders=tuple(play.exchanges[-1].update for play in plays[len(honest) :]),
         bn_statistics=honest[0].bn_statistics or None if alone else None,
         order=honest[0].order if alone else None,
+        draws=honest[0].draws if alone else None,
     )
     seen = scenario.threat.grant(
         truth, exchanges, scenario.mechanism, scenario.data.spec, scenario.prior
@@ -140,6 +141,7 @@ class _Play(NamedTuple):
     trained_on: Batch
     bn_statistics: dict[str, tuple[Tensor, Tensor]]
     order: Order | None
+    draws: Draws | None
 
 
 def _play(scenario: Scenario, indices: Tensor, *, generator: torch.Generator) -> _Play:
@@ -153,12 +155,16 @@ def _play(scenario: Scenario, indices: Tensor, *, generator: torch.Generator) ->
     if isinstance(core, FedAvg | Vertical):
         order = core.draw_order(len(batch), generator=child(generator, "client/order"))
         mechanism = rebased(mechanism, fixed_order=order)
+    draws = None
+    if isinstance(core, Diffusing):
+        draws = core.draw(batch, generator=child(generator, "client/noise"))
+        mechanism = rebased(mechanism, draws=draws)
     with torch.no_grad():
         exchanges = tuple(_rounds(mechanism, state, batch, generator=generator))
         state = exchanges[-1].state
         trained_on = mechanism.trained_on(state, batch, generator=child(generator, _LATEST))
         statistics = batch_norm_statistics(state, trained_on.inputs)
-    return _Play(exchanges, batch, trained_on, statistics, order)
+    return _Play(exchanges, batch, trained_on, statistics, order, draws)
 
 
 def _rounds(

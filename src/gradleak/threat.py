@@ -12,6 +12,7 @@ from gradleak.defenses import rebased, undefended
 from gradleak.errors import InvalidInput
 from gradleak.mechanisms.aggregate import summed, without
 from gradleak.mechanisms.client import running_statistics
+from gradleak.mechanisms.denoising import Draws
 from gradleak.types import (
     Batch,
     DataSpec,
@@ -41,6 +42,7 @@ class Truth:
         colluders: updates of the clients in the sum that the server controls.
         bn_statistics: exact batch-normalisation statistics of the batch, by layer.
         order: example indices of every local step, for FedAvg.
+        draws: noise and times of a client that trains a diffusion model.
     """
 
     batch: Batch
@@ -50,6 +52,7 @@ class Truth:
     colluders: tuple[Update, ...] = ()
     bn_statistics: Mapping[str, tuple[Tensor, Tensor]] | None = None
     order: tuple[tuple[int, ...], ...] | None = None
+    draws: Draws | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,7 @@ class ThreatModel:
         belief = mechanism if Fact.MECHANISM in self.knows else undefended(mechanism)
         if Fact.MINIBATCH_ORDER in self.knows and truth.order is not None:
             belief = rebased(belief, fixed_order=truth.order)
+        belief = rebased(belief, **self._granted_draws(truth, belief))
         if self.batch_norm == "none":
             belief = rebased(belief, batch_norm="eval")
         statistics = None
@@ -135,6 +139,14 @@ class ThreatModel:
             ),
             server=self.server,
         )
+
+    def _granted_draws(self, truth: Truth, belief: Mechanism) -> dict[str, object]:
+        """What is known of a diffusion client's draws; a time that was fixed is a draw, too."""
+        drawn = truth.draws or Draws()
+        times = drawn.times if Fact.TIMESTEPS in self.knows else None
+        noise = drawn.noise if Fact.NOISE in self.knows else None
+        known = None if times is None and noise is None else Draws(times, noise)
+        return {"draws": known} if times is not None else {"draws": known, "timestep": None}
 
     def _without_colluders(self, truth: Truth, exchange: Exchange) -> Exchange:
         """What the server makes of a sum by the updates that it knows: the honest clients' mean."""

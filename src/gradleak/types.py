@@ -39,6 +39,10 @@ class Fact(enum.StrEnum):
     MINIBATCH_ORDER = "minibatch_order"
     """Which examples every step visited: the order of local training, or the batch indices of
     vertical rounds."""
+    TIMESTEPS = "timesteps"
+    """Of a diffusion model's client: the step t that every image was noised to."""
+    NOISE = "noise"
+    """Of a diffusion model's client: the noise ε that every image was mixed with."""
     PRIOR = "prior"
     """What is believed of private inputs before any update, fitted from public data."""
 

@@ -99,6 +99,7 @@ def stream(seed: int) -> torch.Generator:
 
 SMALL_PRIORS: dict[str, str] = {
     "autoencoder": "autoencoder:steps=20,hidden=16,code=4",
+    "diffusion": "diffusion:steps=4,width=8,timesteps=20",
     "gan": "gan:steps=4,channels=2,latent=3",
 }
 """Networks that are trained in a moment; any other prior is fitted as it is."""

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 from gradleak.defenses.ats import ATS, OPERATIONS
 from gradleak.errors import InvalidInput
-from gradleak.mechanisms.client import client_gradient, own_buffers, template
+from gradleak.mechanisms.client import own_buffers, template
 from gradleak.mechanisms.fedsgd import FedSGD
 from gradleak.types import Batch, ModelState
 
@@ -57,7 +57,7 @@ def privacy_score(
 
     def gradient(x: Tensor, label: Tensor) -> dict[str, Tensor]:
         one = Batch(x[None], label[None])
-        return client_gradient(state, state.params, one, loss=core.loss, batch_norm=core.batch_norm)
+        return core.gradient(state, state.params, one)
 
     areas = []
     for x, label in zip(made.inputs, made.labels, strict=True):

@@ -75,21 +75,28 @@ class Clip:
 
 @dataclass(frozen=True)
 class _ByExample(Mapped):
+    inner: FedSGD
+
     def mean(self, state: ModelState, batch: Batch) -> Update:
-        if getattr(self.inner, "batch_norm", "eval") == "train" and normalises(state.model):
+        if not self.deterministic:
+            return super().mean(state, batch)
+        return self._clipped(state, *self.inner.foreseen(batch))
+
+    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
+        return self._clipped(state, *self.inner.settled(batch, generator=generator))
+
+    def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
+        return self._clipped(state, *self.inner.foreseen(batch))
+
+    def _clipped(self, state: ModelState, client: FedSGD, batch: Batch) -> Update:
+        if client.batch_norm == "train" and normalises(state.model):
             raise InvalidInput(
                 "clip:scope=example: expected --batch-norm eval, for in train mode "
                 "an example has no gradient of its own"
             )
 
         def clipped(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-            return self.rule.map(self.inner.mean(state, Batch(x[None], y[None])).values)
+            return self.rule.map(client.mean(state, Batch(x[None], y[None])).values)
 
         each = torch.func.vmap(clipped)(batch.inputs, batch.labels)
         return Update({k: v.mean(0) for k, v in each.items()}, self.kind)
-
-    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
-        return self.mean(state, batch)
-
-    def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
-        return self.mean(state, batch)

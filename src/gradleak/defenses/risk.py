@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradleak.mechanisms.client import BatchNormMode, Loss, client_gradient
+from gradleak.mechanisms.client import BatchNormMode, Loss
+from gradleak.mechanisms.fedsgd import FedSGD
 from gradleak.types import Batch, ModelState
 
 Gradient = Callable[[Tensor], dict[str, Tensor]]
@@ -81,7 +82,7 @@ def all_ones_risk(
 def _gradient(state: ModelState, public: Batch, loss: Loss, batch_norm: BatchNormMode) -> Gradient:
     def gradient(x: Tensor) -> dict[str, Tensor]:
         claim = Batch(x, public.labels)
-        return client_gradient(state, state.params, claim, loss=loss, batch_norm=batch_norm)
+        return FedSGD(batch_norm=batch_norm, loss=loss).gradient(state, state.params, claim)
 
     return gradient
 

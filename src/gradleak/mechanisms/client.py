@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -85,23 +85,59 @@ def own_buffers(model: nn.Module, state: ModelState) -> dict[str, Tensor]:
     return {k: v for k, v in state.buffers.items() if k in own}
 
 
+Call = Callable[..., Tensor]
+"""A network as a function of its inputs."""
+
+
 def client_gradient(
     state: ModelState,
     params: Mapping[str, Tensor],
-    batch: Batch,
+    objective: Callable[[Call], Tensor],
     *,
-    loss: Loss,
     batch_norm: BatchNormMode,
 ) -> dict[str, Tensor]:
-    """Gradient of the mean loss on `batch` at `params`, one tensor per parameter."""
+    """Gradient at `params` of what a client minimises, one tensor per parameter.
+
+    Args:
+        state: broadcast state.
+        params: where the gradient is taken.
+        objective: (network) → loss, 0-dimensional.
+        batch_norm: statistics the client normalises by.
+    """
     model = template(state.model, batch_norm)
     fixed = own_buffers(model, state)
 
-    def objective(free: dict[str, Tensor]) -> Tensor:
-        logits = torch.func.functional_call(model, (free, fixed), (batch.inputs,))
-        return loss(logits, batch.labels)
+    def loss(free: dict[str, Tensor]) -> Tensor:
+        return objective(lambda *given: torch.func.functional_call(model, (free, fixed), given))
 
-    return torch.func.grad(objective)(dict(params))  # type: ignore[no-any-return]
+    return torch.func.grad(loss)(dict(params))  # type: ignore[no-any-return]
+
+
+class Local:
+    """What one local step takes the gradient of."""
+
+    loss: Loss
+    batch_norm: BatchNormMode
+
+    def objective(self, network: Call, batch: Batch) -> Tensor:
+        """Loss of a batch under a network, 0-dimensional."""
+        return self.loss(network(batch.inputs), batch.labels)
+
+    def settled(self, batch: Batch, *, generator: torch.Generator) -> tuple[Self, Batch]:
+        """The client once it has drawn what its loss draws, and its batch with these draws."""
+        return self, batch
+
+    def foreseen(self, batch: Batch) -> tuple[Self, Batch]:
+        """The same for the draws that predictions go by."""
+        return self, batch
+
+    def gradient(
+        self, state: ModelState, params: Mapping[str, Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        """Gradient of the objective of `batch` at `params`, one tensor per parameter."""
+        return client_gradient(
+            state, params, lambda to: self.objective(to, batch), batch_norm=self.batch_norm
+        )
 
 
 def batch_norm_statistics(state: ModelState, inputs: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from gradleak.errors import IntractableLikelihood, InvalidInput
-from gradleak.mechanisms.client import BatchNormMode, Loss, check_positive, client_gradient
+from gradleak.mechanisms.client import BatchNormMode, Local, Loss, check_positive
 from gradleak.mechanisms.likelihood import Likely
 from gradleak.mechanisms.unroll import Params, Visit, unroll
 from gradleak.types import Batch, Likelihood, ModelState, Update, UpdateKind
@@ -22,7 +22,7 @@ _MOST_ORDERS = 64
 
 
 @dataclass(frozen=True)
-class FedAvg(Likely):
+class FedAvg(Local, Likely):
     """u = θ_T − θ_0 with θ_{t+1} = θ_t − η ∇ℓ(θ_t; minibatch t), unrolled differentiably.
 
     Args:
@@ -56,11 +56,16 @@ class FedAvg(Likely):
             check_positive(minibatch_size=self.minibatch_size)
 
     @property
-    def deterministic(self) -> bool:
+    def ordered(self) -> bool:
+        """Whether the visiting order is no secret draw."""
         return self.fixed_order is not None or self.order == "sequential"
 
+    @property
+    def deterministic(self) -> bool:
+        return self.ordered
+
     def mean(self, state: ModelState, batch: Batch) -> Update:
-        if self.deterministic:
+        if self.ordered:
             return self._train(state, batch, self.fixed_order or self._order(len(batch)))
         orders = self._all_orders(len(batch))
         deltas = [self._train(state, batch, order).values for order in orders]
@@ -92,7 +97,7 @@ class FedAvg(Likely):
         Within one epoch an order is a relabelling of the batch.
         """
         per_epoch = -(-batch_size // self._minibatch(batch_size))
-        if self.deterministic or per_epoch == 1:
+        if self.ordered or per_epoch == 1:
             return 1
         return max(1, self.local_steps(batch_size) // per_epoch)
 
@@ -107,7 +112,7 @@ class FedAvg(Likely):
 
     def draw_order(self, batch_size: int, *, generator: torch.Generator) -> Order:
         """Draw the visiting order of one round of local training."""
-        if self.deterministic:
+        if self.ordered:
             return self.fixed_order or self._order(batch_size)
         permutations = [
             torch.randperm(batch_size, generator=generator).tolist()
@@ -154,9 +159,7 @@ class FedAvg(Likely):
             if visit != tuple(range(len(batch))):
                 index = torch.tensor(visit, device=batch.inputs.device)
                 batch = Batch(batch.inputs[index], batch.labels[index])
-            gradient = client_gradient(
-                state, params, batch, loss=self.loss, batch_norm=self.batch_norm
-            )
+            gradient = self.gradient(state, params, batch)
             return {k: p - self.learning_rate * gradient[k] for k, p in params.items()}
 
         params = unroll(step, dict(state.params), batch, order)

@@ -9,13 +9,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from gradleak.errors import IntractableLikelihood
-from gradleak.mechanisms.client import BatchNormMode, Loss, client_gradient
+from gradleak.mechanisms.client import BatchNormMode, Local, Loss
 from gradleak.mechanisms.likelihood import Likely
 from gradleak.types import Batch, Likelihood, ModelState, Update, UpdateKind
 
 
 @dataclass(frozen=True)
-class FedSGD(Likely):
+class FedSGD(Local, Likely):
     """u = ∇_θ (1/b) Σ_i ℓ(f_θ(x_i), y_i).
 
     Args:
@@ -32,10 +32,7 @@ class FedSGD(Likely):
     deterministic: ClassVar[bool] = True
 
     def mean(self, state: ModelState, batch: Batch) -> Update:
-        gradient = client_gradient(
-            state, state.params, batch, loss=self.loss, batch_norm=self.batch_norm
-        )
-        return Update(gradient, "gradient")
+        return Update(self.gradient(state, state.params, batch), "gradient")
 
     def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
         return self.mean(state, batch)

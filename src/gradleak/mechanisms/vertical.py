@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 from gradleak.errors import IntractableLikelihood, InvalidInput
 from gradleak.mechanisms.client import (
     BatchNormMode,
+    Local,
     Loss,
     check_positive,
-    client_gradient,
     normalises,
 )
 from gradleak.mechanisms.fedavg import Order
@@ -23,7 +23,7 @@ from gradleak.types import Batch, Likelihood, ModelState, Update, UpdateKind
 
 
 @dataclass(frozen=True)
-class Vertical(Likely):
+class Vertical(Local, Likely):
     """u_t = ∇_θ (1/b) Σ_{i∈S_t} ℓ(f_θ(x_i), y_i), for rounds t over one set of private examples.
 
     Every round the server names b examples S_t; each party passes its slice of them through its
@@ -104,7 +104,4 @@ class Vertical(Likely):
         if visit != tuple(range(len(batch))):
             index = torch.tensor(visit, device=batch.inputs.device)
             batch = Batch(batch.inputs[index], batch.labels[index])
-        gradient = client_gradient(
-            state, state.params, batch, loss=self.loss, batch_norm=self.batch_norm
-        )
-        return Update(gradient, self.kind)
+        return Update(self.gradient(state, state.params, batch), self.kind)

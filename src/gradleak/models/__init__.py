@@ -13,6 +13,7 @@ from gradleak.errors import InvalidInput, nearest
 from gradleak.models.cafe import cafe, cafe_small
 from gradleak.models.cnn6 import cnn6
 from gradleak.models.convnet import convnet, convnet_bn
+from gradleak.models.denoisers import DiffusersUNet, unet, unet_wide
 from gradleak.models.factory import Factory, check_outputs, user_factory
 from gradleak.models.lenet import lenet, lenet_tiny
 from gradleak.models.mlp import mlp
@@ -44,6 +45,7 @@ class ModelAbout:
     title: str
     factory: Factory
     batch_norm: bool = False
+    denoiser: bool = False
 
 
 MODELS: dict[str, ModelAbout] = {
@@ -63,6 +65,9 @@ MODELS: dict[str, ModelAbout] = {
             "resnet18", "ResNet-18 with a 3x3 stem for small images", resnet18, batch_norm=True
         ),
         ModelAbout("vit-tiny", "Patches, positions, two attention blocks, no residuals", vit_tiny),
+        ModelAbout("unet", "U-Net of diffusion models, 16 channels wide", unet, denoiser=True),
+        ModelAbout("unet-wide", "The same, 32 channels wide", unet_wide, denoiser=True),
+        ModelAbout("unet-diffusers", "UNet2DModel of diffusers", DiffusersUNet, denoiser=True),
     )
 }
 

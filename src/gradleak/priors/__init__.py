@@ -14,6 +14,7 @@ from gradleak.errors import InvalidInput
 from gradleak.priors.autoencoder import Autoencoder, Manifold
 from gradleak.priors.box import Box
 from gradleak.priors.components import Gaussians
+from gradleak.priors.diffusion import Denoiser, Diffusion
 from gradleak.priors.family import Family, Fitted
 from gradleak.priors.files import digest, read, save
 from gradleak.priors.gan import Gan, Generator
@@ -25,7 +26,8 @@ from gradleak.priors.tv import TotalVariation
 from gradleak.types import Batch, DataSpec, Prior
 
 PRIORS: dict[str, type[Family]] = {
-    family.id: family for family in (Box, TotalVariation, Gaussian, Pca, Mixture, Autoencoder, Gan)
+    family.id: family
+    for family in (Box, TotalVariation, Gaussian, Pca, Mixture, Autoencoder, Gan, Diffusion)
 }
 
 TRAINED: dict[str, Path] = {
@@ -99,6 +101,8 @@ __all__ = [
     "TRAINED",
     "Autoencoder",
     "Box",
+    "Denoiser",
+    "Diffusion",
     "Family",
     "Fitted",
     "Gan",

@@ -133,7 +133,7 @@ class _Squeezing(Training):
             "network": torch.optim.Adam(network.parameters(), lr=family.learning_rate)
         }
 
-    def step(self, inputs: Tensor, *, generator: torch.Generator) -> float:
+    def step(self, inputs: Tensor, labels: Tensor, *, generator: torch.Generator) -> float:
         network, optimiser = self.modules["network"], self.optimisers["network"]
         rows = inputs.flatten(1)
         loss = F.mse_loss(network(rows), rows)

@@ -197,7 +197,7 @@ class _Adversaries(Training):
             for name in ("generator", "critic")
         }
 
-    def step(self, inputs: Tensor, *, generator: torch.Generator) -> float:
+    def step(self, inputs: Tensor, labels: Tensor, *, generator: torch.Generator) -> float:
         low, high = self.data.bounds
         real = (inputs - low) * (2 / (high - low)) - 1
         z = normal((len(real), self.family.latent), generator=generator, dtype=torch.float32)

@@ -82,8 +82,8 @@ class Training(ABC):
     optimisers: dict[str, torch.optim.Adam]
 
     @abstractmethod
-    def step(self, inputs: Tensor, *, generator: torch.Generator) -> float:
-        """Learn from a minibatch (n, *shape) in float32; return the loss."""
+    def step(self, inputs: Tensor, labels: Tensor, *, generator: torch.Generator) -> float:
+        """Learn from a minibatch (n, *shape) in float32 and its classes (n,); return the loss."""
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ def train(
         stream = child(source, f"step/{step}")
         chosen = torch.randint(len(inputs), (family.batch_size,), generator=stream)
         with torch.enable_grad():
-            loss = training.step(inputs[chosen], generator=stream)
+            loss = training.step(inputs[chosen], public.classes[chosen], generator=stream)
         if not math.isfinite(loss):
             raise Diverged(f"prior {family.id!r}: loss {loss} at step {step + 1}")
         if checkpoint is not None and time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:

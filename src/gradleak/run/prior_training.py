@@ -93,6 +93,9 @@ def _samples(prior: priors.Network, public: Batch) -> Tensor:
     rows, columns = _SHEET
     if isinstance(prior, priors.Generator):
         return prior.sample(rows * columns, generator=torch.Generator().manual_seed(0))
+    if isinstance(prior, priors.Denoiser):
+        classes = torch.arange(rows * columns) % prior.data.classes
+        return prior.sample(classes, generator=torch.Generator().manual_seed(0))
     assert isinstance(prior, priors.Manifold)
     pictures = public.inputs[: rows * columns // 2]
     both = (torch.split(each, columns) for each in (pictures, prior.reproduced(pictures)))

@@ -14,8 +14,8 @@ from gradleak.mechanisms.fedsgd import FedSGD
 from gradleak.types import Mechanism, ModelState
 
 
-def plain_client(mechanism: Mechanism) -> FedSGD | None:
-    """The FedSGD client whose gradient `mechanism` predicts, if it predicts a plain gradient.
+def gradient_client(mechanism: Mechanism) -> FedSGD | None:
+    """The client whose gradient `mechanism` predicts, if it predicts the gradient of one step.
 
     Protections that leave predictions alone (additive noise), or that another loss stands for, are
     looked through.
@@ -23,7 +23,13 @@ def plain_client(mechanism: Mechanism) -> FedSGD | None:
     inside: Mechanism | None = mechanism
     while isinstance(inside, Wrapped):
         inside = inside.seen_through()
-    return inside if type(inside) is FedSGD else None
+    return inside if isinstance(inside, FedSGD) else None
+
+
+def plain_client(mechanism: Mechanism) -> FedSGD | None:
+    """The same, if its loss is one of outputs and labels."""
+    found = gradient_client(mechanism)
+    return found if type(found) is FedSGD else None
 
 
 def loaded(model: nn.Module, state: ModelState, *, trained: bool) -> nn.Module:

@@ -15,8 +15,8 @@ from torch import Tensor
 from gradleak.attacks.parts.carried import Wanted
 from gradleak.attacks.parts.client import (
     differentiable_twice,
+    gradient_client,
     loaded,
-    plain_client,
     trained_tensors,
 )
 from gradleak.attacks.parts.distances import Distance, Slope, slope
@@ -47,7 +47,7 @@ class PlainFit:
         self.mechanism, self.state = mechanism, state
         self.distance, self.received, self.compared = distance, received, compared
         self._slopes: dict[int, Slope] = {}
-        self._client = plain_client(mechanism)
+        self._client = gradient_client(mechanism)
         if self._client is not None:
             network = template(state.model, self._client.batch_norm)
             self._model = loaded(network, state, trained=True)
@@ -97,7 +97,8 @@ class PlainFit:
     def _predicted(self, batch: Batch, target: int, *, create_graph: bool) -> Sequence[Tensor]:
         with torch.enable_grad(), differentiable_twice():
             if self._client is not None:
-                loss = self._client.loss(self._model(batch.inputs), batch.labels)
+                client, batch = self._client.foreseen(batch)
+                loss = client.objective(self._model, batch)
                 return torch.autograd.grad(
                     loss,
                     self._parameters,
