@@ -80,7 +80,7 @@ class Diffusing:
             raise InvalidInput(
                 f"timestep={self.timestep}: expected 0 to {self.timesteps - 1}, or none"
             )
-        assert self.noise_schedule.timesteps == self.timesteps
+        Schedule(self.schedule, self.timesteps, self.prediction)
 
     @cached_property
     def noise_schedule(self) -> Schedule:

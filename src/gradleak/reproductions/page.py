@@ -15,6 +15,8 @@ from gradleak.run.store import read_json
 
 RESULT_FILE = "reproduction.json"
 PAGE = "report.html"
+_DRAWN = {"psnr_db": "Mean PSNR", "median_psnr_db": "Median PSNR"}
+"""What charts show, by metric."""
 
 
 def render(directory: Path) -> Path:
@@ -55,13 +57,18 @@ def tables(rows: list[Json]) -> list[dict[str, Any]]:
                 [
                     (r["line"], r["ours"]["value"], r["ours"]["low"], r["ours"]["high"])
                     for r in lines
-                    if r["metric"] == "psnr_db" and r["ours"]["value"] is not None
+                    if r["metric"] in _DRAWN and r["ours"]["value"] is not None
                 ],
-                name=f"Mean PSNR with 95 % intervals: {name}",
+                name=_caption(lines, name),
             ),
         }
         for name, lines in named.items()
     ]
+
+
+def _caption(rows: list[dict[str, Any]], name: str) -> str:
+    metric = next((row["metric"] for row in rows if row["metric"] in _DRAWN), "psnr_db")
+    return f"{_DRAWN[metric]} with 95 % intervals: {name}"
 
 
 def _curves(rows: list[dict[str, Any]], name: str) -> Markup | None:
@@ -76,4 +83,4 @@ def _curves(rows: list[dict[str, Any]], name: str) -> Markup | None:
         found[positions.index(position)] = (ours["value"], ours["low"], ours["high"])
     if not points:
         return None
-    return charts.curves(positions, lines, name=f"Mean PSNR with 95 % intervals: {name}")
+    return charts.curves(positions, lines, name=_caption(points, name))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from gradleak.errors import InvalidInput, nearest
-from gradleak.metrics import clustered_mean, paired_difference
+from gradleak.metrics import clustered_mean, median_interval, paired_difference
 from gradleak.run.jobs import version
 
 Budget = Literal["quick", "full"]
@@ -84,6 +86,19 @@ class Estimate:
         return cls._of(values, clustered_mean([[v] for v in values]))
 
     @classmethod
+    def median(cls, values: Sequence[float]) -> Estimate:
+        """Median over independent targets, with the interval that order statistics give.
+
+        Of fewer than six targets that is their range, which holds the median with a confidence
+        of 1 − 2^(1 − n) only.
+        """
+        n, interval = len(values), median_interval([[v] for v in values])
+        low, high, confidence = interval.low, interval.high, interval.confidence
+        if math.isinf(low):
+            low, high, confidence = min(values), max(values), 1 - 2.0 ** (1 - n)
+        return cls(statistics.median(values), low, high, confidence, n)
+
+    @classmethod
     def difference(cls, first: Sequence[float], second: Sequence[float]) -> Estimate:
         """Mean of first − second over the same targets, with Student's t interval."""
         interval = paired_difference([[v] for v in first], [[v] for v in second])
@@ -110,6 +125,7 @@ class Row:
         agrees: whether they agree; None without the paper's figure.
         curve: (line, position) where the row is a point of its table's figure; points of one line
             stand in order.
+        picture: images of some claims side by side, as a data URI; empty for none.
     """
 
     row: str
@@ -121,6 +137,7 @@ class Row:
     paper_source: str = "unverified"
     agrees: bool | None = None
     curve: tuple[str, str] | None = None
+    picture: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The row as `reproduction.json` has it."""
