@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Self
 
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from gradleak.defenses.risk import all_ones_risk, frobenius_risk
 from gradleak.defenses.wrapped import Memory, OnPublic
-from gradleak.mechanisms import FedSGD
-from gradleak.mechanisms.client import Loss
+from gradleak.mechanisms import Denoising, Diffusing, FedSGD
 from gradleak.types import Batch, Mechanism, ModelState
 
 _PER_CLASS = 5
@@ -48,9 +47,9 @@ class OnPublicRisk(OnPublic):
             published: whether by a probe of ones.
         """
         assert self.public is not None
-        loss = getattr(core, "loss", FedSGD().loss)
+        client = _one_step(core)
         digests = (self.digest, _digest(state.params), _digest(state.buffers))
-        return _risks(_Case(published, loss, digests, state, self.public))
+        return _risks(_Case(published, client, digests, state, self.public))
 
 
 def held(
@@ -73,10 +72,19 @@ class _Case:
     """What risks depend on; equal by what it holds, whatever its precision on the way."""
 
     published: bool
-    loss: Loss
+    client: FedSGD
     digests: tuple[str, ...]
     state: ModelState = field(compare=False)
     public: Batch = field(compare=False)
+
+
+def _one_step(core: Mechanism) -> FedSGD:
+    """The client of one step on the loss of `core`; of its draws nobody knows anything."""
+    if isinstance(core, Diffusing):
+        shared = {f.name: getattr(core, f.name) for f in fields(Diffusing)}
+        return Denoising(**shared | {"timestep": None, "draws": None, "carried": False})
+    loss = getattr(core, "loss", FedSGD().loss)
+    return FedSGD(loss=loss)
 
 
 def _digest(values: Mapping[str, Tensor]) -> str:
@@ -93,8 +101,13 @@ def _risks(case: _Case) -> tuple[float, ...]:
     state = case.state.to(torch.float32)
     like = next(iter(state.params.values()))
     public = Batch(case.public.inputs.to(like), case.public.labels.to(like.device))
+    client = case.client
+    if isinstance(client, Denoising):
+        client = replace(
+            client, draws=client.draw(public, generator=torch.Generator().manual_seed(0))
+        )
     if case.published:
-        found = all_ones_risk(state, public, loss=case.loss, batch_norm="eval")
+        found = all_ones_risk(state, public, client=client)
     else:
-        found = frobenius_risk(state, public, loss=case.loss, batch_norm="eval", probes=_PROBES)
+        found = frobenius_risk(state, public, client=client, probes=_PROBES)
     return tuple(float(f"{risk:.3g}") for risk in found.values())  # alike on every machine

@@ -24,7 +24,7 @@ from torch.nn.functional import mse_loss
 
 from gradleak.denoising import Prediction, Schedule
 from gradleak.errors import IntractableLikelihood, InvalidInput
-from gradleak.mechanisms.client import Loss
+from gradleak.mechanisms.client import Call, Loss
 from gradleak.mechanisms.fedavg import FedAvg, Order
 from gradleak.mechanisms.fedsgd import FedSGD
 from gradleak.seeding import child, normal
@@ -71,6 +71,8 @@ class Diffusing:
     draws: Draws | None = None
     carried: bool = False
     loss: Loss = mse_loss
+
+    id: ClassVar[str]
 
     def __post_init__(self) -> None:
         parent = getattr(super(), "__post_init__", None)
@@ -139,7 +141,7 @@ class Diffusing:
         """Whether nothing is left to draw."""
         return self.carried or (self.draws is not None and self.draws.complete)
 
-    def objective(self, network: Callable[..., Tensor], batch: Batch) -> Tensor:
+    def objective(self, network: Call, batch: Batch) -> Tensor:
         """Denoising loss of images that carry the draws of one visit, 0-dimensional."""
         channels = (batch.inputs.shape[1] - 1) // 2
         images, noise = batch.inputs[:, :channels], batch.inputs[:, channels : 2 * channels]
@@ -239,17 +241,26 @@ class DenoisingAvg(Diffusing, FedAvg):
         core, carrying = self.foreseen(batch)
         return super(DenoisingAvg, core).predict(received, state, carrying)
 
-    def _train(self, state: ModelState, batch: Batch, order: Order) -> Update:
-        """Train on one copy of every image for every visit of it, each with its own draws."""
-        b, visits = len(batch), self.visits(len(batch))
+    def drawn(self, batch: Batch, *, generator: torch.Generator) -> Callable[[Call], Tensor]:
+        client, given = self.settled(batch, generator=generator)
+        copies = client._copies(given)
+        return lambda network: client.objective(network, copies)
+
+    def _copies(self, batch: Batch) -> Batch:
+        """One copy of every image for every visit of it, each with its own draws."""
+        visits = self.visits(len(batch))
         channels = (batch.inputs.shape[1] - visits) // (visits + 1)
         images, behind = batch.inputs[:, :channels], batch.inputs[:, channels:]
         copies = [torch.cat([images, one], 1) for one in torch.split(behind, channels + 1, 1)]
+        labels = batch.labels.repeat(visits, *[1] * (batch.labels.ndim - 1))
+        return Batch(torch.cat(copies), labels)
+
+    def _train(self, state: ModelState, batch: Batch, order: Order) -> Update:
+        b = len(batch)
         seen = [0] * b
         numbered = []
         for visit in order:
             numbered.append(tuple(seen[i] * b + i for i in visit))
             for i in visit:
                 seen[i] += 1
-        labels = batch.labels.repeat(visits, *[1] * (batch.labels.ndim - 1))
-        return super()._train(state, Batch(torch.cat(copies), labels), tuple(numbered))
+        return super()._train(state, self._copies(batch), tuple(numbered))
