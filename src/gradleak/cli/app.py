@@ -508,7 +508,8 @@ def list_command(
         str,
         typer.Argument(
             metavar="KIND",
-            help="attacks, labels, defenses, priors, models, data, aggregations or reproductions",
+            help="attacks, labels, defenses, priors, models, mechanisms, facts, data, aggregations "
+            "or reproductions",
         ),
     ],
     identifier: Annotated[
@@ -516,7 +517,7 @@ def list_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
-    """List attacks, label rules, defenses, priors, models, data, aggregations or reproductions."""
+    """List what there is: attacks, defenses, networks, data, what an attacker may know, ..."""
     from gradleak.cli.listing import KINDS, print_listing
 
     if kind not in KINDS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Self
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from gradleak.defenses.risk import all_ones_risk, frobenius_risk
 from gradleak.defenses.wrapped import Memory, OnPublic
 from gradleak.mechanisms import Denoising, Diffusing, FedSGD
+from gradleak.mechanisms.denoising import one_step
 from gradleak.types import Batch, Mechanism, ModelState
 
 _PER_CLASS = 5
@@ -47,7 +48,8 @@ class OnPublicRisk(OnPublic):
             published: whether by a probe of ones.
         """
         assert self.public is not None
-        client = _one_step(core)
+        loss = getattr(core, "loss", FedSGD().loss)
+        client = one_step(core) if isinstance(core, Diffusing) else FedSGD(loss=loss)
         digests = (self.digest, _digest(state.params), _digest(state.buffers))
         return _risks(_Case(published, client, digests, state, self.public))
 
@@ -76,15 +78,6 @@ class _Case:
     digests: tuple[str, ...]
     state: ModelState = field(compare=False)
     public: Batch = field(compare=False)
-
-
-def _one_step(core: Mechanism) -> FedSGD:
-    """The client of one step on the loss of `core`; of its draws nobody knows anything."""
-    if isinstance(core, Diffusing):
-        shared = {f.name: getattr(core, f.name) for f in fields(Diffusing)}
-        return Denoising(**shared | {"timestep": None, "draws": None, "carried": False})
-    loss = getattr(core, "loss", FedSGD().loss)
-    return FedSGD(loss=loss)
 
 
 def _digest(values: Mapping[str, Tensor]) -> str:

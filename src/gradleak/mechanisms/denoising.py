@@ -14,21 +14,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from gradleak.denoising import Prediction, Schedule
+from gradleak.denoising import Prediction, Schedule, denoises
 from gradleak.errors import IntractableLikelihood, InvalidInput
 from gradleak.mechanisms.client import Call, Loss
 from gradleak.mechanisms.fedavg import FedAvg, Order
 from gradleak.mechanisms.fedsgd import FedSGD
 from gradleak.seeding import child, normal
-from gradleak.types import Batch, ModelState, Update
+from gradleak.types import Batch, Mechanism, ModelState, Update
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +207,31 @@ class Denoising(Diffusing, FedSGD):
 
     def pooled(self, clients: int) -> FedSGD | None:
         return self
+
+
+def one_step(core: Diffusing) -> Denoising:
+    """One step on the loss of `core`, without its draws or a time that it fixes."""
+    shared = {each.name: getattr(core, each.name) for each in fields(Diffusing)}
+    return Denoising(**shared | {"timestep": None, "draws": None, "carried": False})
+
+
+def check_network(network: nn.Module, core: Mechanism, *, name: str = "the network") -> None:
+    """Refuse a classifier for a client that denoises, and a denoiser for one that classifies.
+
+    Raises:
+        InvalidInput: network and client do not fit together.
+    """
+    if denoises(network) == isinstance(core, Diffusing):
+        return
+    if isinstance(core, Diffusing):
+        raise InvalidInput(
+            f"{name} classifies and {core.id} trains a denoiser: expected a network "
+            "(x_t, times) → x, such as unet"
+        )
+    raise InvalidInput(
+        f"{name} is a denoiser, called with (x_t, times): expected mechanism 'denoising' or "
+        "'denoising-fedavg', or a classifier"
+    )
 
 
 @dataclass(frozen=True)

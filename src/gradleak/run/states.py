@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gradleak import models
 from gradleak.data import Dataset
 from gradleak.errors import InvalidInput
+from gradleak.mechanisms import Denoising
 from gradleak.run.store import TENSORS
 from gradleak.types import DataSpec, ModelState
 
@@ -43,6 +44,7 @@ def prepare(
     stage: str,
     weights: Path | None,
     seed: int,
+    client: Denoising | None = None,
     directory: Path,
     progress: Callable[[int, int], None],
 ) -> Broadcast:
@@ -58,18 +60,22 @@ def prepare(
         stage: training stage.
         weights: file that replaces the initialisation.
         seed: fixes the order of training.
+        client: whose loss a diffusion model is trained on; None trains a classifier.
         directory: of the run.
         progress: called with (steps done, steps).
     """
     initial = models.load_weights(weights, model) if weights else ModelState.of(model)
     steps = 0 if weights else models.stage_steps(stage)
+    of_client = "" if client is None else f"/{client.noise_schedule}/{client.bounds}"
     origin = hashlib.sha256(
-        f"{digest(initial)}/{model}/{dataset.fingerprint}/{steps}/{seed}".encode()
+        f"{digest(initial)}/{model}/{dataset.fingerprint}/{steps}/{seed}{of_client}".encode()
     ).hexdigest()[:16]
     path = directory / TENSORS / f"state-{origin}.safetensors"
     if not path.exists():
         state = (
-            models.train(model, dataset, public, steps=steps, seed=seed, progress=progress)
+            models.train(
+                model, dataset, public, steps=steps, seed=seed, client=client, progress=progress
+            )
             if steps
             else initial
         )
