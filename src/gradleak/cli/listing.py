@@ -29,6 +29,7 @@ def attacks() -> list[dict[str, Any]]:
             "likelihood": about.likelihood,
             "prior": about.prior,
             "server": about.server,
+            "networks": "classifiers" if about.classifiers else "any",
             "deviations": list(about.deviations),
             "fields": _fields(attack),
         }
