@@ -76,7 +76,11 @@ BatchSizes = Annotated[
 BatchSize = Annotated[int | None, _option("examples per client [1]", _SCENARIO)]
 Attacks = Annotated[
     list[str] | None,
-    _option("ID:field=value,...; repeatable [dlg, inverting-gradients]", _ATTACKER, "--attack"),
+    _option(
+        "ID:field=value,...; repeatable [dlg, inverting-gradients; by --knows for denoising]",
+        _ATTACKER,
+        "--attack",
+    ),
 ]
 Defenses = Annotated[
     list[str] | None,
