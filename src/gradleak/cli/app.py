@@ -58,14 +58,24 @@ Data = Annotated[
 DataDir = Annotated[
     str | None, _option("where data sets lie [$GRADLEAK_DATA, else the user cache]", _SCENARIO)
 ]
-Model = Annotated[str | None, _option("network: a name or module:factory [lenet]", _SCENARIO)]
-Weights = Annotated[str | None, _option("broadcast state to audit, a safetensors file", _SCENARIO)]
+Model = Annotated[
+    str | None, _option("network: a name or module:factory [lenet, or unet]", _SCENARIO)
+]
+Weights = Annotated[
+    str | None,
+    _option("broadcast state: a safetensors file, or for unet a trained prior", _SCENARIO),
+]
 Stage = Annotated[
     list[str] | None,
     _option("init, early, trained or a number of steps; repeatable [init]", _SCENARIO),
 ]
-MechanismName = Annotated[str | None, _option("fedsgd, fedavg, vertical:... [fedsgd]", _SCENARIO)]
-LocalSteps = Annotated[int | None, _option("local steps of fedavg [3]", _SCENARIO)]
+MechanismName = Annotated[
+    str | None,
+    _option("fedsgd, fedavg, denoising, denoising-fedavg, vertical:... [fedsgd]", _SCENARIO),
+]
+LocalSteps = Annotated[
+    int | None, _option("local steps of fedavg or denoising-fedavg [3]", _SCENARIO)
+]
 LocalRate = Annotated[float | None, _option("local learning rate of fedavg [0.01]", _SCENARIO)]
 BatchNorm = Annotated[
     str | None, _option("statistics the client normalises by: eval or train [eval]", _SCENARIO)
