@@ -22,9 +22,10 @@ from gradleak.attacks import ATTACKS
 from gradleak.attacks import build as build_attack
 from gradleak.attacks.parts.objective import Engine
 from gradleak.data import Dataset, Split
-from gradleak.defenses import DEFENSES
-from gradleak.errors import CorruptFile, InvalidInput
-from gradleak.mechanisms import summed
+from gradleak.defenses import DEFENSES, undefended
+from gradleak.errors import CorruptFile, InvalidInput, NotApplicable
+from gradleak.mechanisms import Diffusing, summed
+from gradleak.mechanisms.denoising import check_network, one_step
 from gradleak.run import states
 from gradleak.run.beliefs import Belief, fitted, has_precision, prior_spec
 from gradleak.run.executor import TRIALS, Progress, run_here, run_in_processes
@@ -32,6 +33,7 @@ from gradleak.run.jobs import (
     JobSpec,
     attack_spec,
     check_server,
+    client_of,
     defense_spec,
     derive,
     device_of,
@@ -44,7 +46,7 @@ from gradleak.run.settings import KNOWN_BY_DEFAULT, AuditSettings, Condition, op
 from gradleak.run.states import Broadcast
 from gradleak.run.store import Store, read_json, write_whole
 from gradleak.run.trial import Trial, divide, load_data, settle_engine, targets_of
-from gradleak.types import DataSpec, Fact, ModelState
+from gradleak.types import DataSpec, Fact, Mechanism, ModelState
 
 SCHEMA_VERSION = 1
 RESULT = "result.json"
@@ -258,6 +260,7 @@ def run_audit(
     dataset = load_data(settings.data, settings.data_dir)
     division = divide(dataset, settings.seed)
     network = models.build(settings.model, dataset.spec, seed=derive(settings.seed, "model"))
+    check_network(network, core_of(settings), name=f"--model {settings.model}")
     # Says what does not fit before anything is written; the states are not needed for that.
     unprepared = dict.fromkeys(_stages(settings), Broadcast("", ""))
     jobs = plan(settings, dataset, division, states=unprepared)
@@ -362,8 +365,9 @@ def check_names(settings: AuditSettings) -> None:
     for spec in settings.attack:
         check_server(spec, settings.server)
         attack_spec(spec, budget=settings.budget)
+    models.check_task(settings.model, core_of(settings))
     for spec in settings.defense:
-        defense_spec(spec)
+        _protected(settings, defense_spec(spec)[1])
     prior_spec(settings.prior)
     for condition in settings.fail_on:
         asked = Condition.parse(condition).defense
@@ -375,6 +379,24 @@ def check_names(settings: AuditSettings) -> None:
         )
     states.check_stages(_stages(settings))
     states.file_of(settings.weights)
+
+
+def core_of(settings: AuditSettings) -> Mechanism:
+    """The clients' training without protections."""
+    return undefended(_protected(settings, "none"))
+
+
+def _protected(settings: AuditSettings, defense: str) -> Mechanism:
+    try:
+        return client_of(
+            settings.mechanism,
+            local_steps=settings.local_steps,
+            local_learning_rate=settings.local_learning_rate,
+            batch_norm=settings.batch_norm,
+            defense=defense,
+        )
+    except NotApplicable as reason:
+        raise InvalidInput(f"--defense {reason}") from None
 
 
 def _stages(settings: AuditSettings) -> tuple[str, ...]:
@@ -406,6 +428,10 @@ def _prepare_states(
     *,
     watcher: Watcher,
 ) -> dict[str, Broadcast]:
+    core = core_of(settings)
+    client = None
+    if isinstance(core, Diffusing):
+        client = dataclasses.replace(one_step(core), bounds=dataset.spec.bounds)
     return {
         stage: states.prepare(
             network,
@@ -414,6 +440,7 @@ def _prepare_states(
             stage=stage,
             weights=states.file_of(settings.weights),
             seed=derive(settings.seed, "training"),
+            client=client,
             directory=Path(settings.out),
             progress=lambda step, steps, stage=stage: watcher.preparing(  # type: ignore[misc]
                 f"training {settings.model} to stage {stage}: step {step} of {steps}"

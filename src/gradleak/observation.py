@@ -11,6 +11,7 @@ from gradleak.defenses import undefended
 from gradleak.errors import InvalidInput, nearest
 from gradleak.mechanisms import FedSGD
 from gradleak.mechanisms.client import Loss, returned_statistics
+from gradleak.mechanisms.denoising import check_network
 from gradleak.types import (
     DataSpec,
     Exchange,
@@ -77,6 +78,7 @@ def observe(
                 "update of kind 'delta': expected mechanism=FedAvg(learning_rate=..., steps=...)"
             )
         mechanism = FedSGD(batch_norm="train" if statistics else "eval", loss=loss)
+    check_network(state.model, undefended(mechanism))
     if mechanism.kind != kind:
         raise InvalidInput(f"update kind {kind!r}: expected {mechanism.kind!r} for this mechanism")
     if statistics and getattr(undefended(mechanism), "batch_norm", "train") != "train":

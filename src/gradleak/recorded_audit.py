@@ -42,7 +42,7 @@ from gradleak.run.jobs import (
 from gradleak.run.recorded import read_data_spec
 from gradleak.run.recordings import Entry, read_exchange, read_recording, read_truth
 from gradleak.run.replies import read_pool, store_pool, store_updates
-from gradleak.run.settings import AuditSettings, option
+from gradleak.run.settings import LOCAL, AuditSettings, option
 from gradleak.run.store import Store
 from gradleak.run.trial import divide, load_data
 from gradleak.types import Batch, DataSpec, Fact, ModelState
@@ -107,11 +107,10 @@ class RecordedAudit:
             raise InvalidInput("--knows labels: expected --truth, which holds them")
         if Fact.BATCH_SIZE not in settings.knows:
             raise InvalidInput("--knows no-batch_size contradicts --recorded: expected it known")
-        if settings.mechanism == "fedavg" and not {"local_steps", "local_learning_rate"} <= set(
-            given
-        ):
+        if settings.mechanism in LOCAL and not {"local_steps", "local_learning_rate"} <= set(given):
             raise InvalidInput(
-                "--mechanism fedavg: expected the clients' --local-steps and --local-learning-rate"
+                f"--mechanism {settings.mechanism}: expected the clients' --local-steps and "
+                "--local-learning-rate"
             )
         return cls(
             Path(given["recorded"]),

@@ -15,6 +15,7 @@ from gradleak.errors import InvalidInput
 from gradleak.mechanisms import Diffusing, Draws, FedAvg, FedSGD, Vertical
 from gradleak.mechanisms.aggregate import joined, mean
 from gradleak.mechanisms.client import batch_norm_statistics
+from gradleak.mechanisms.denoising import check_network
 from gradleak.mechanisms.fedavg import Order
 from gradleak.seeding import child
 from gradleak.threat import ThreatModel, Truth
@@ -57,6 +58,8 @@ class Scenario:
                 f"batch size {self.batch_size}: expected 1 to {len(self.data)}, "
                 f"the size of {self.data.name}"
             )
+        template = self.model.model if isinstance(self.model, ModelState) else self.model
+        check_network(template, undefended(self.mechanism))
         examples = self.clients * self.batch_size
         if self.indices is not None and len(self.indices) != examples:
             raise InvalidInput(

@@ -413,7 +413,8 @@ class About:
     """What a reader needs to know about an attack before trusting a number of it.
 
     `likelihood` and `prior` say which posterior it maximises: p(update | claim) and p(claim) of the
-    Bayesian framework (Balunović et al., ICLR 2022).
+    Bayesian framework (Balunović et al., ICLR 2022). `classifiers` says whether it reads what
+    networks that denoise do not have: a head, labels, layers in a row.
     """
 
     id: str
@@ -426,6 +427,7 @@ class About:
     prior: str
     server: ServerBehaviour = "honest"
     deviations: tuple[str, ...] = ()
+    classifiers: bool = False
 
 
 @runtime_checkable

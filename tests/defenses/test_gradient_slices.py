@@ -29,7 +29,6 @@ from gradleak.threat import ThreatModel
 from gradleak.types import Batch, Exchange, Fact, Mechanism, ModelState, Observation, Update
 from tests.laws.small import OneWeight, TwoTwins, batch_of, state_of, stream
 
-LOSS = FedSGD().loss
 ALPHA = 1e-6
 
 
@@ -53,7 +52,7 @@ def test_probes_of_signs_average_to_the_frobenius_norm() -> None:
     totals = dict.fromkeys(state.params, 0.0)
     for row in scipy.linalg.hadamard(16):
         signs = torch.tensor(row, dtype=torch.float64).reshape(batch.inputs.shape)
-        for k, v in pushed(state, batch, signs, loss=LOSS, batch_norm="eval").items():
+        for k, v in pushed(state, batch, signs, client=FedSGD()).items():
             totals[k] += float(v.square().sum()) / 16
     for k, j in jacobian(state, batch).items():
         assert totals[k] == pytest.approx(float(j.square().sum()), rel=1e-10)
@@ -61,7 +60,7 @@ def test_probes_of_signs_average_to_the_frobenius_norm() -> None:
 
 def test_the_risk_is_the_root_mean_square_of_what_its_probes_find() -> None:
     state, batch = state_of(TwoTwins), batch_of(3)
-    found = frobenius_risk(state, batch, loss=LOSS, batch_norm="eval", probes=4)
+    found = frobenius_risk(state, batch, client=FedSGD(), probes=4)
     draws = np.random.default_rng(0)
     signs = torch.from_numpy(
         np.stack([2.0 * draws.integers(0, 2, batch.inputs.shape) - 1 for _ in range(4)])
@@ -73,7 +72,7 @@ def test_the_risk_is_the_root_mean_square_of_what_its_probes_find() -> None:
 
 def test_the_published_probe_sees_no_risk_in_the_last_layer() -> None:
     state, batch = state_of(TwoTwins), batch_of(3)
-    found = all_ones_risk(state, batch, loss=LOSS, batch_norm="eval")
+    found = all_ones_risk(state, batch, client=FedSGD())
     slopes = jacobian(state, batch)
     for k, j in slopes.items():
         per_example = j.sum(0).reshape(3, -1).norm(dim=1).mean()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gradleak.defenses import Wrapped, undefended
 from gradleak.defenses.cvb import cvb
 from gradleak.defenses.precode import precode
-from gradleak.types import Batch, DataSpec, ModelState
+from gradleak.mechanisms import Diffusing
+from gradleak.types import Batch, DataSpec, Mechanism, ModelState
 
 SPEC = DataSpec.image((1, 4, 4), 3)
 
@@ -48,8 +50,59 @@ class Convolved(TwoTwins):
         return super().forward(self.widen(torch.tanh(self.conv(x)).flatten(1)))
 
 
+class SmallDenoiser(nn.Module):
+    """The same twins for clients of diffusion models: (x_t, times) → (b, 1, 4, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 4)
+        self.clock = nn.Linear(2, 4)
+        self.twin = nn.Linear(4, 4)
+        self.other_twin = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 16)
+
+    def forward(self, x: Tensor, times: Tensor) -> Tensor:
+        angle = times.to(x)[:, None] / 100
+        clock = self.clock(torch.cat([angle.sin(), angle.cos()], 1))
+        h = torch.tanh(self.first(x.flatten(1)) + clock)
+        return self.head(torch.tanh(self.other_twin(torch.tanh(self.twin(h))))).reshape(x.shape)
+
+
+class ConvolvedDenoiser(SmallDenoiser):
+    """The same behind a convolution with a variational bottleneck."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, padding=1)
+        self.widen = nn.Linear(32, 16)
+        cvb(self, SPEC.shape)
+
+    def forward(self, x: Tensor, times: Tensor) -> Tensor:
+        wide = self.widen(torch.tanh(self.conv(x)).flatten(1))
+        return super().forward(wide.reshape(x.shape), times)
+
+
+class OneWeightDenoiser(nn.Module):
+    """output = w x: an update of one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.7]))
+
+    def forward(self, x: Tensor, times: Tensor) -> Tensor:
+        return self.w * x
+
+
 NEEDED: dict[str, type[nn.Module]] = {"precode": Bottlenecked, "cvb": Convolved}
 """Networks that a protection is made for; any other takes every network."""
+
+
+def network_for(mechanism: Mechanism) -> type[nn.Module]:
+    """The small network for a client and its outermost protection."""
+    rule = mechanism.rule.id if isinstance(mechanism, Wrapped) else ""
+    if isinstance(undefended(mechanism), Diffusing):
+        return ConvolvedDenoiser if rule == "cvb" else SmallDenoiser
+    return NEEDED.get(rule, TwoTwins)
 
 
 class OneWeight(nn.Module):

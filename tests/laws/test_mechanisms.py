@@ -29,18 +29,36 @@ from gradleak.defenses import (
 )
 from gradleak.defenses.encoded import Encoded
 from gradleak.errors import IntractableLikelihood, NotApplicable
-from gradleak.mechanisms import MECHANISMS, FedAvg, FedSGD, Vertical
+from gradleak.mechanisms import (
+    MECHANISMS,
+    Denoising,
+    DenoisingAvg,
+    Diffusing,
+    FedAvg,
+    FedSGD,
+    Vertical,
+)
 from gradleak.types import Batch, Mechanism, ModelState, Update
-from tests.laws.small import NEEDED, OneWeight, TwoTwins, batch_of, state_of, stream
+from tests.laws.small import (
+    OneWeight,
+    OneWeightDenoiser,
+    batch_of,
+    network_for,
+    state_of,
+    stream,
+)
 
 CORES: dict[str, Mechanism] = {name: kind() for name, kind in MECHANISMS.items()} | {
     "fedavg-3-steps": FedAvg(steps=3, learning_rate=0.1),
     "fedavg-shuffled": FedAvg(minibatch_size=1, order="shuffled", learning_rate=0.5),
     "vertical": Vertical(rounds=2, round_size=1),
 }
+FOR_CLASSIFIERS = ("label-smoothing", "precode", "soteria")
+"""Protections that refuse a client of a diffusion model."""
 SUBJECTS = {
     f"{defense}({core})": DEFENSES[defense]()(CORES[core])
     for defense, core in product(DEFENSES, CORES)
+    if not (defense in FOR_CLASSIFIERS and isinstance(CORES[core], Diffusing))
 }
 ALPHA = 1e-6
 """Probability that a correct mechanism fails one statistical law, over all its coordinates."""
@@ -49,9 +67,8 @@ ALPHA = 1e-6
 @pytest.fixture
 def state(request: pytest.FixtureRequest) -> ModelState:
     names = request.fixturenames
-    subject = request.getfixturevalue("mechanism") if "mechanism" in names else None
-    rule = subject.rule.id if isinstance(subject, Wrapped) else ""
-    return state_of(NEEDED.get(rule, TwoTwins))
+    subject = request.getfixturevalue("mechanism") if "mechanism" in names else FedSGD()
+    return state_of(network_for(subject))
 
 
 @pytest.fixture(params=SUBJECTS, scope="module")
@@ -89,6 +106,13 @@ def test_every_protection_has_a_data_sheet(defense: str) -> None:
     assert not sheet.link or sheet.link.startswith("https://")
 
 
+@pytest.mark.parametrize("defense", FOR_CLASSIFIERS)
+@pytest.mark.parametrize("core", [Denoising(), GaussianNoise()(DenoisingAvg())])
+def test_a_protection_of_classifiers_refuses_a_denoiser(defense: str, core: Mechanism) -> None:
+    with pytest.raises(NotApplicable, match=f"{defense}: expected a classifier"):
+        DEFENSES[defense]()(core)
+
+
 @dataclass(frozen=True)
 class Noting(FedSGD):
     """A client that notes what it is asked to train on."""
@@ -100,13 +124,40 @@ class Noting(FedSGD):
         return super().sample(state, batch, generator=generator)
 
 
+@dataclass(frozen=True)
+class NotingDenoiser(Denoising):
+    """The same of a diffusion model."""
+
+    noted: list[Batch] = field(default_factory=list)
+
+    def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
+        self.noted.append(batch)
+        return super().sample(state, batch, generator=generator)
+
+
+@pytest.mark.parametrize("defense", [d for d in DEFENSES if d not in FOR_CLASSIFIERS])
+@pytest.mark.parametrize("transforms", [False, True])
+def test_what_a_denoisers_client_trained_on_can_be_replayed(defense: str, transforms: bool) -> None:
+    """No label is touched: none is used."""
+    client = NotingDenoiser()
+    mechanism = DEFENSES[defense]()(ATS("3-1-7/43-18-18")(client) if transforms else client)
+    state, batch = state_of(network_for(mechanism)), batch_of(3)
+    for seed in range(2):
+        mechanism.sample(state, batch, generator=stream(seed))
+        replayed = mechanism.trained_on(state, batch, generator=stream(seed))
+        assert torch.equal(replayed.inputs, client.noted[-1].inputs)
+        assert torch.equal(replayed.labels, batch.labels)
+        encodes = isinstance(mechanism, Encoded)
+        assert torch.equal(replayed.inputs, batch.inputs) != (transforms or encodes)
+
+
 @pytest.mark.parametrize("defense", DEFENSES)
 @pytest.mark.parametrize("transforms", [False, True])
 def test_what_the_client_trained_on_can_be_replayed(defense: str, transforms: bool) -> None:
     """Alone, and around a protection that transforms inputs by draws of its own."""
     client = Noting()
     mechanism = DEFENSES[defense]()(ATS("3-1-7/43-18-18")(client) if transforms else client)
-    state = state_of(NEEDED.get(defense, TwoTwins))
+    state = state_of(network_for(mechanism))
     batch = batch_of(3)
     for seed in range(4):
         mechanism.sample(state, batch, generator=stream(seed))
@@ -192,8 +243,12 @@ def test_predict_is_differentiable_in_inputs_and_soft_labels(
 
     logits = torch.zeros((2, 3), dtype=torch.float64, requires_grad=True)
     inputs = batch.inputs.clone().requires_grad_()
-    gradients = torch.autograd.grad(scalar(inputs, logits), (inputs, logits))
+    gradients = torch.autograd.grad(scalar(inputs, logits), (inputs, logits), allow_unused=True)
     for gradient, leaf in zip(gradients, (inputs, logits), strict=True):
+        if leaf is logits and isinstance(undefended(mechanism), Diffusing):
+            assert gradient is None  # it uses no labels
+            continue
+        assert gradient is not None
         assert gradient.abs().sum() > 0
         direction = torch.randn(leaf.shape, generator=stream(7), dtype=torch.float64)
         step = 1e-6 * direction
@@ -207,7 +262,8 @@ def test_predict_is_differentiable_in_inputs_and_soft_labels(
 
 
 def test_log_prob_integrates_to_one(mechanism: Mechanism) -> None:
-    state, batch = state_of(OneWeight), batch_of(1, classes=2)
+    denoises = isinstance(undefended(mechanism), Diffusing)
+    state, batch = state_of(OneWeightDenoiser if denoises else OneWeight), batch_of(1, classes=2)
     try:
         received = mechanism.sample(state, batch, generator=stream(0))
         mechanism.log_prob(received, state, batch)

@@ -58,14 +58,24 @@ Data = Annotated[
 DataDir = Annotated[
     str | None, _option("where data sets lie [$GRADLEAK_DATA, else the user cache]", _SCENARIO)
 ]
-Model = Annotated[str | None, _option("network: a name or module:factory [lenet]", _SCENARIO)]
-Weights = Annotated[str | None, _option("broadcast state to audit, a safetensors file", _SCENARIO)]
+Model = Annotated[
+    str | None, _option("network: a name or module:factory [lenet, or unet]", _SCENARIO)
+]
+Weights = Annotated[
+    str | None,
+    _option("broadcast state: a safetensors file, or for unet a trained prior", _SCENARIO),
+]
 Stage = Annotated[
     list[str] | None,
     _option("init, early, trained or a number of steps; repeatable [init]", _SCENARIO),
 ]
-MechanismName = Annotated[str | None, _option("fedsgd, fedavg, vertical:... [fedsgd]", _SCENARIO)]
-LocalSteps = Annotated[int | None, _option("local steps of fedavg [3]", _SCENARIO)]
+MechanismName = Annotated[
+    str | None,
+    _option("fedsgd, fedavg, denoising, denoising-fedavg, vertical:... [fedsgd]", _SCENARIO),
+]
+LocalSteps = Annotated[
+    int | None, _option("local steps of fedavg or denoising-fedavg [3]", _SCENARIO)
+]
 LocalRate = Annotated[float | None, _option("local learning rate of fedavg [0.01]", _SCENARIO)]
 BatchNorm = Annotated[
     str | None, _option("statistics the client normalises by: eval or train [eval]", _SCENARIO)
@@ -76,7 +86,11 @@ BatchSizes = Annotated[
 BatchSize = Annotated[int | None, _option("examples per client [1]", _SCENARIO)]
 Attacks = Annotated[
     list[str] | None,
-    _option("ID:field=value,...; repeatable [dlg, inverting-gradients]", _ATTACKER, "--attack"),
+    _option(
+        "ID:field=value,...; repeatable [dlg, inverting-gradients; by --knows for denoising]",
+        _ATTACKER,
+        "--attack",
+    ),
 ]
 Defenses = Annotated[
     list[str] | None,
@@ -508,7 +522,8 @@ def list_command(
         str,
         typer.Argument(
             metavar="KIND",
-            help="attacks, labels, defenses, priors, models, data, aggregations or reproductions",
+            help="attacks, labels, defenses, priors, models, mechanisms, facts, data, aggregations "
+            "or reproductions",
         ),
     ],
     identifier: Annotated[
@@ -516,7 +531,7 @@ def list_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
-    """List attacks, label rules, defenses, priors, models, data, aggregations or reproductions."""
+    """List what there is: attacks, defenses, networks, data, what an attacker may know, ..."""
     from gradleak.cli.listing import KINDS, print_listing
 
     if kind not in KINDS:

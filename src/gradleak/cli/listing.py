@@ -29,6 +29,7 @@ def attacks() -> list[dict[str, Any]]:
             "likelihood": about.likelihood,
             "prior": about.prior,
             "server": about.server,
+            "networks": "classifiers" if about.classifiers else "any",
             "deviations": list(about.deviations),
             "fields": _fields(attack),
         }
@@ -93,9 +94,45 @@ def models() -> list[dict[str, Any]]:
     from gradleak.models import MODELS
 
     return [
-        {"id": about.id, "title": about.title, "batch_norm": about.batch_norm}
+        {
+            "id": about.id,
+            "title": about.title,
+            "task": "denoises" if about.denoiser else "classifies",
+            "batch_norm": about.batch_norm,
+        }
         for about in MODELS.values()
-    ] + [{"id": "module:factory", "title": "Your own network", "batch_norm": None}]
+    ] + [{"id": "module:factory", "title": "Your own network", "task": None, "batch_norm": None}]
+
+
+def mechanisms() -> list[dict[str, Any]]:
+    """Every way of training that a client may have, with its fields."""
+    from gradleak.mechanisms import MECHANISMS, Diffusing
+
+    return [
+        {
+            "id": name,
+            "about": (inspect.getdoc(kind) or "").partition("\n")[0],
+            "trains": "denoisers" if issubclass(kind, Diffusing) else "classifiers",
+            "fields": {
+                k: v
+                for k, v in _fields(kind).items()
+                if k not in ("draws", "carried", "batch_norm")
+            },
+        }
+        for name, kind in MECHANISMS.items()
+    ]
+
+
+def facts() -> list[dict[str, Any]]:
+    """Everything that an attacker can be granted."""
+    from gradleak.report.wording import FACTS
+    from gradleak.run.settings import KNOWN_BY_DEFAULT
+    from gradleak.types import Fact
+
+    return [
+        {"id": str(fact), "title": FACTS[fact], "by_default": str(fact) in KNOWN_BY_DEFAULT}
+        for fact in Fact
+    ]
 
 
 def data() -> list[dict[str, Any]]:
@@ -137,6 +174,8 @@ KINDS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "defenses": defenses,
     "priors": priors,
     "models": models,
+    "mechanisms": mechanisms,
+    "facts": facts,
     "data": data,
     "aggregations": aggregations,
     "reproductions": reproductions,
@@ -147,7 +186,9 @@ _COLUMNS = {
     "labels": ("id", "title", "claims", "assumes", "fields"),
     "defenses": ("id", "title", "promises", "broken_by"),
     "priors": ("id", "title", "proper", "fields"),
-    "models": ("id", "title", "batch_norm"),
+    "models": ("id", "title", "task", "batch_norm"),
+    "mechanisms": ("id", "about", "trains", "fields"),
+    "facts": ("id", "title", "by_default"),
     "data": ("id", "title", "shape", "classes", "embedded", "licence"),
     "aggregations": ("id", "title", "trusts", "survives"),
     "reproductions": ("id", "title", "paper", "link"),

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from gradleak.defenses.sheet import Sheet
 from gradleak.defenses.wrapped import Counted, Wrapped, undefended
 from gradleak.errors import IntractableLikelihood, InvalidInput
-from gradleak.mechanisms.client import check_positive, own_buffers, template
+from gradleak.mechanisms import FedSGD
+from gradleak.mechanisms.client import Local, check_positive, own_buffers, template
 from gradleak.seeding import normal
 from gradleak.types import Batch, Mechanism, ModelState, Observation, Update
 
@@ -119,7 +119,8 @@ class _Turned(Counted):
         if rule.rounds is not None and earlier >= rule.rounds:
             return clean
         drawn = [rule.turned(clean.values, generator) for _ in range(rule.trials)]
-        best = min(drawn, key=lambda one: self._loss(state, batch, one))
+        loss = self._loss(state, batch, generator)
+        best = min(drawn, key=loss)
         return Update(best, clean.kind)
 
     def predict(self, received: Update, state: ModelState, batch: Batch) -> Update:
@@ -140,13 +141,22 @@ class _Turned(Counted):
             found[k] = length * u + (aside if self.rule.projection == "exact" else 0 * aside)
         return Update(found, clean.kind)
 
-    def _loss(self, state: ModelState, batch: Batch, update: Mapping[str, Tensor]) -> float:
-        """Of the client's batch after a trial step."""
+    def _loss(
+        self, state: ModelState, batch: Batch, generator: torch.Generator
+    ) -> Callable[[Mapping[str, Tensor]], float]:
+        """Loss of the client's batch after a trial step, by the update."""
         step = -self.rule.learning_rate if self.kind == "gradient" else 1.0
+        core = undefended(self.inner)
+        client = core if isinstance(core, Local) else FedSGD()
+        objective = client.drawn(batch, generator=generator)
         model = template(state.model, "eval")
-        moved = {k: p + step * update[k] for k, p in state.params.items()}
         fixed = own_buffers(model, state)
-        with torch.no_grad():
-            logits = torch.func.functional_call(model, (moved, fixed), (batch.inputs,))
-            loss = getattr(undefended(self.inner), "loss", cross_entropy)
-            return float(loss(logits, batch.labels))
+
+        def after(update: Mapping[str, Tensor]) -> float:
+            moved = {k: p + step * update[k] for k, p in state.params.items()}
+            with torch.no_grad():
+                return float(
+                    objective(lambda *to: torch.func.functional_call(model, (moved, fixed), to))
+                )
+
+        return after

@@ -10,6 +10,7 @@ from torch import nn
 
 from gradleak.defenses.precode import DrawnLatent, VariationalBottleneck
 from gradleak.defenses.sheet import Sheet
+from gradleak.denoising import denoises
 from gradleak.errors import InvalidInput
 from gradleak.types import Mechanism, Update
 
@@ -39,7 +40,9 @@ def cvb(
     handle = first.register_forward_hook(lambda _m, _given, made: seen.append(made.shape))
     training = model.training
     with torch.no_grad():
-        model.eval()(next(model.parameters()).new_zeros((1, *shape)))
+        blank = next(model.parameters()).new_zeros((1, *shape))
+        given = (blank, torch.zeros(1, dtype=torch.int64)) if denoises(model) else (blank,)
+        model.eval()(*given)
     model.train(training)
     handle.remove()
     _, width, *sides = seen[0]

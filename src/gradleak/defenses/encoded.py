@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from gradleak.defenses.wrapped import Defense, Wrapped
+from gradleak.defenses.wrapped import Defense, Wrapped, undefended
+from gradleak.denoising import denoises
 from gradleak.errors import IntractableLikelihood
+from gradleak.mechanisms import Diffusing
 from gradleak.mechanisms.client import own_buffers, template
 from gradleak.types import Batch, Mechanism, ModelState, Update
 
@@ -33,6 +35,7 @@ class Encoded(Wrapped):
     """u = g(E(x, y)) with E drawn for every batch.
 
     The update is an ordinary gradient of E(x, y), so an attack needs no change and claims E(x, y).
+    A client that trains a diffusion model uses no labels: they stay as they are.
     """
 
     rule: Encoding
@@ -45,16 +48,22 @@ class Encoded(Wrapped):
         raise IntractableLikelihood(f"{self.rule.id}: no closed form of the mean over its draws")
 
     def sample(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Update:
-        encoded = self.rule.encode(state, batch, generator)
+        encoded = self._encoded(state, batch, generator)
         return self.inner.sample(state, encoded, generator=generator)
 
     def trained_on(self, state: ModelState, batch: Batch, *, generator: torch.Generator) -> Batch:
-        encoded = self.rule.encode(state, batch, generator)
+        encoded = self._encoded(state, batch, generator)
         return self.inner.trained_on(state, encoded, generator=generator)
+
+    def _encoded(self, state: ModelState, batch: Batch, generator: torch.Generator) -> Batch:
+        encoded = self.rule.encode(state, batch, generator)
+        return Batch(encoded.inputs, batch.labels) if denoises(state.model) else encoded
 
 
 def mixes_labels(mechanism: Mechanism) -> bool:
     """Whether clients train on soft labels that no class describes."""
+    if isinstance(undefended(mechanism), Diffusing):
+        return False
     while isinstance(mechanism, Wrapped):
         if isinstance(mechanism, Encoded) and mechanism.rule.mixes_labels:
             return True
@@ -63,9 +72,14 @@ def mixes_labels(mechanism: Mechanism) -> bool:
 
 
 def soft_labels(state: ModelState, batch: Batch) -> Tensor:
-    """The labels as rows of probabilities (b, classes); classes are the network's outputs."""
+    """The labels as rows of probabilities (b, classes); classes are the network's outputs.
+
+    For a network that denoises they are rows of one zero, which nobody reads.
+    """
     if batch.labels.ndim == 2:
         return batch.labels
+    if denoises(state.model):
+        return batch.inputs.new_zeros((len(batch), 1))
     model = template(state.model, "eval")
     numbers = dict(state.params), own_buffers(model, state)
     first = batch.inputs[:1].to(next(iter(state.params.values())))

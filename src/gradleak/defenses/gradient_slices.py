@@ -239,8 +239,9 @@ class Sliced(Unbiased):
         generator: torch.Generator,
     ) -> Update:
         noisy = self.rule.pattern(len(slices), generator, earlier=earlier)
-        if self.rule.clip is not None:
-            clean = self._clipped(state, batch, slices, noisy)
+        if self.rule.clip is not None and isinstance(self.inner, FedSGD):
+            client, given = self.inner.settled(batch, generator=generator)
+            clean = self._clipped(state, given, slices, noisy, client=client)
         flat = _flat(clean.values)
         index = torch.cat([slices[j] for j in sorted(noisy)])
         noise = self.rule.std * torch.randn(index.shape, generator=generator)
@@ -248,15 +249,26 @@ class Sliced(Unbiased):
         return Update(_shaped(flat, clean.values), clean.kind)
 
     def _clipped(
-        self, state: ModelState, batch: Batch, slices: Sequence[Tensor], chosen: Sequence[int]
+        self,
+        state: ModelState,
+        batch: Batch,
+        slices: Sequence[Tensor],
+        chosen: Sequence[int],
+        *,
+        client: FedSGD | None = None,
     ) -> Update:
-        """Mean of examples' gradients with every chosen slice of each inside the bound."""
+        """Mean of examples' gradients with every chosen slice of each inside the bound.
+
+        Args:
+            client: that has drawn, where the batch carries its draws.
+        """
+        inner = client or self.inner
         if getattr(self.inner, "batch_norm", "eval") == "train" and normalises(state.model):
             raise InvalidInput("gradient-slices:clip: expected --batch-norm eval")
         bound = self.rule.clip or math.inf
 
         def one(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-            values = self.inner.mean(state, Batch(x[None], y[None])).values
+            values = inner.mean(state, Batch(x[None], y[None])).values
             flat = _flat(values)
             for j in sorted(chosen):
                 length = flat[slices[j]].square().sum().clamp(min=torch.finfo(flat.dtype).tiny)

@@ -11,7 +11,14 @@ from torch.nn.functional import one_hot
 
 from gradleak.defenses.encoded import soft_labels
 from gradleak.defenses.sheet import Sheet
-from gradleak.defenses.wrapped import Noise, Wrapped, noised, rebased, undefended
+from gradleak.defenses.wrapped import (
+    Noise,
+    Wrapped,
+    check_classifies,
+    noised,
+    rebased,
+    undefended,
+)
 from gradleak.errors import InvalidInput
 from gradleak.mechanisms.client import Loss
 from gradleak.types import Batch, Likelihood, Mechanism, ModelState, Update
@@ -48,6 +55,7 @@ class LabelSmoothing:
             raise InvalidInput(f"share={self.share}: expected a number in [0, 1)")
 
     def __call__(self, mechanism: Mechanism) -> Mechanism:
+        check_classifies(self.id, mechanism, why="which no label reaches")
         return _Smoothed(mechanism, self) if self.share > 0 else mechanism
 
     def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch.nn.functional import one_hot
 
 from gradleak.defenses.encoded import Encoded, mixture, soft_labels
 from gradleak.defenses.sheet import Sheet
@@ -74,6 +73,6 @@ class MixUp(OnPublic):
         weights = weights / weights.sum(1, keepdim=True)
         mine = Batch(batch.inputs, soft_labels(state, batch))
         if public is not None and k > own:
-            public = Batch(public.inputs, one_hot(public.classes, mine.labels.shape[1]))
+            public = Batch(public.inputs, soft_labels(state, public))
         inputs, labels = mixture(mine, weights, public, own=own, generator=generator)
         return Batch(inputs, (weights.to(labels)[..., None] * labels).sum(1))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from gradleak.defenses.sheet import Sheet
-from gradleak.defenses.wrapped import Wrapped, rebased, undefended
+from gradleak.defenses.wrapped import Wrapped, check_classifies, rebased, undefended
+from gradleak.denoising import denoises
 from gradleak.errors import IntractableLikelihood, InvalidInput, NotApplicable
 from gradleak.mechanisms.client import Loss
 from gradleak.mechanisms.fedavg import FedAvg
@@ -72,8 +73,10 @@ def precode(model: nn.Module, *, latent: int = 256, weight: float = 1e-3) -> nn.
     Sizes and weight are those of the authors' code.
 
     Raises:
-        InvalidInput: there is no linear layer with a name.
+        InvalidInput: there is no linear layer with a name, or none that images pass through.
     """
+    if denoises(model):
+        raise InvalidInput("precode: expected a classifier; of a denoiser, cvb")
     heads = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n]
     if not heads:
         raise InvalidInput("precode: expected a network with a linear layer")
@@ -139,6 +142,7 @@ class Precode:
     )
 
     def __call__(self, mechanism: Mechanism) -> Mechanism:
+        check_classifies(self.id, mechanism, why="whose linear layers read times alone (cvb fits)")
         return _Read(mechanism, self)
 
     def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:

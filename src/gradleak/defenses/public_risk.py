@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Self
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gradleak.defenses.risk import all_ones_risk, frobenius_risk
 from gradleak.defenses.wrapped import Memory, OnPublic
-from gradleak.mechanisms import FedSGD
-from gradleak.mechanisms.client import Loss
+from gradleak.mechanisms import Denoising, Diffusing, FedSGD
+from gradleak.mechanisms.denoising import one_step
 from gradleak.types import Batch, Mechanism, ModelState
 
 _PER_CLASS = 5
@@ -49,8 +49,9 @@ class OnPublicRisk(OnPublic):
         """
         assert self.public is not None
         loss = getattr(core, "loss", FedSGD().loss)
+        client = one_step(core) if isinstance(core, Diffusing) else FedSGD(loss=loss)
         digests = (self.digest, _digest(state.params), _digest(state.buffers))
-        return _risks(_Case(published, loss, digests, state, self.public))
+        return _risks(_Case(published, client, digests, state, self.public))
 
 
 def held(
@@ -73,7 +74,7 @@ class _Case:
     """What risks depend on; equal by what it holds, whatever its precision on the way."""
 
     published: bool
-    loss: Loss
+    client: FedSGD
     digests: tuple[str, ...]
     state: ModelState = field(compare=False)
     public: Batch = field(compare=False)
@@ -93,8 +94,13 @@ def _risks(case: _Case) -> tuple[float, ...]:
     state = case.state.to(torch.float32)
     like = next(iter(state.params.values()))
     public = Batch(case.public.inputs.to(like), case.public.labels.to(like.device))
+    client = case.client
+    if isinstance(client, Denoising):
+        client = replace(
+            client, draws=client.draw(public, generator=torch.Generator().manual_seed(0))
+        )
     if case.published:
-        found = all_ones_risk(state, public, loss=case.loss, batch_norm="eval")
+        found = all_ones_risk(state, public, client=client)
     else:
-        found = frobenius_risk(state, public, loss=case.loss, batch_norm="eval", probes=_PROBES)
+        found = frobenius_risk(state, public, client=client, probes=_PROBES)
     return tuple(float(f"{risk:.3g}") for risk in found.values())  # alike on every machine

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradleak.mechanisms.client import BatchNormMode, Loss
 from gradleak.mechanisms.fedsgd import FedSGD
 from gradleak.types import Batch, ModelState
 
@@ -21,7 +20,7 @@ Gradient = Callable[[Tensor], dict[str, Tensor]]
 
 
 def frobenius_risk(
-    state: ModelState, public: Batch, *, loss: Loss, batch_norm: BatchNormMode, probes: int
+    state: ModelState, public: Batch, *, client: FedSGD, probes: int
 ) -> dict[str, float]:
     """R_l by Hutchinson's estimator, all tensors at once.
 
@@ -31,28 +30,25 @@ def frobenius_risk(
     Args:
         state: broadcast state.
         public: the examples.
-        loss: of the client.
-        batch_norm: statistics that the client normalises by.
+        client: whose gradient is meant; one that draws knows its draws for these examples.
         probes: draws of u.
     """
     draws = np.random.default_rng(0)  # by NumPy: `vmap` forbids draws inside its programs
     squares = dict.fromkeys(state.params, 0.0)
     for _ in range(probes):
         signs = torch.from_numpy(2.0 * draws.integers(0, 2, public.inputs.shape) - 1)
-        moved = pushed(state, public, signs, loss=loss, batch_norm=batch_norm)
+        moved = pushed(state, public, signs, client=client)
         for name, change in moved.items():
             squares[name] += float(change.square().sum())
     return {k: math.sqrt(len(public) * v / probes) for k, v in squares.items()}
 
 
-def pushed(
-    state: ModelState, public: Batch, signs: Tensor, *, loss: Loss, batch_norm: BatchNormMode
-) -> dict[str, Tensor]:
+def pushed(state: ModelState, public: Batch, signs: Tensor, *, client: FedSGD) -> dict[str, Tensor]:
     """(∂ḡ_l/∂x) u of every tensor, u in the shape of the inputs.
 
     In reverse twice, as w ↦ (∂ḡ/∂x)ᵀ w is linear: forward rules are missing for some layers.
     """
-    gradient = _gradient(state, public, loss, batch_norm)
+    gradient = _gradient(state, public, client)
     reached, pull = torch.func.vjp(gradient, public.inputs)  # type: ignore[misc]
     nowhere = {k: torch.zeros_like(v) for k, v in reached.items()}
     _, push = torch.func.vjp(lambda w: pull(w)[0], nowhere)  # type: ignore[misc]
@@ -60,16 +56,14 @@ def pushed(
     return moved
 
 
-def all_ones_risk(
-    state: ModelState, public: Batch, *, loss: Loss, batch_norm: BatchNormMode
-) -> dict[str, float]:
+def all_ones_risk(state: ModelState, public: Batch, *, client: FedSGD) -> dict[str, float]:
     """(1/n) Σ_i ‖∂(Σ_j ḡ_lj)/∂x_i‖₂, what the published code computes in place of R_l.
 
     Signs cancel. Under a softmax the entries of the last layer's gradient sum to zero for every
     input, so that its risk is zero.
     """
     reached, pull = torch.func.vjp(  # type: ignore[misc]
-        _gradient(state, public, loss, batch_norm), public.inputs
+        _gradient(state, public, client), public.inputs
     )
     nothing = {k: torch.zeros_like(v) for k, v in reached.items()}
     found = {}
@@ -79,10 +73,10 @@ def all_ones_risk(
     return found
 
 
-def _gradient(state: ModelState, public: Batch, loss: Loss, batch_norm: BatchNormMode) -> Gradient:
+def _gradient(state: ModelState, public: Batch, client: FedSGD) -> Gradient:
     def gradient(x: Tensor) -> dict[str, Tensor]:
-        claim = Batch(x, public.labels)
-        return FedSGD(batch_norm=batch_norm, loss=loss).gradient(state, state.params, claim)
+        core, claim = client.foreseen(Batch(x, public.labels))
+        return core.gradient(state, state.params, claim)
 
     return gradient
 

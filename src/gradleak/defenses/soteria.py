@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.defenses.sheet import Sheet
-from gradleak.defenses.wrapped import Wrapped, undefended
+from gradleak.defenses.wrapped import Wrapped, check_classifies, undefended
 from gradleak.errors import InvalidInput, NotApplicable
 from gradleak.mechanisms.client import own_buffers, template
 from gradleak.types import Batch, Mechanism, ModelState, Update
@@ -62,6 +62,7 @@ class Soteria:
             raise InvalidInput(f"prune_rate={self.prune_rate}: expected a percentage in [0, 100)")
 
     def __call__(self, mechanism: Mechanism) -> Mechanism:
+        check_classifies(self.id, mechanism, why="whose linear layers read times alone")
         return _Muted(mechanism, self) if self.prune_rate > 0 else mechanism
 
     def doubt(self, before: Update, after: Update) -> tuple[str, float] | None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from gradleak.defenses.sheet import Sheet
-from gradleak.errors import IntractableLikelihood
+from gradleak.errors import IntractableLikelihood, NotApplicable
 from gradleak.mechanisms.aggregate import Aggregate, summed
+from gradleak.mechanisms.denoising import Diffusing
 from gradleak.mechanisms.likelihood import Likely
 from gradleak.mechanisms.vertical import Vertical
 from gradleak.types import (
@@ -499,6 +500,19 @@ def undefended(mechanism: Mechanism) -> Mechanism:
     if isinstance(mechanism, Aggregate):
         return summed(undefended(mechanism.inner), mechanism.clients)
     return mechanism
+
+
+def check_classifies(defense: str, mechanism: Mechanism, *, why: str) -> None:
+    """Refuse a protection of classifiers to a client that trains a diffusion model.
+
+    Raises:
+        NotApplicable: it is one.
+    """
+    core = undefended(mechanism)
+    if isinstance(core, Diffusing):
+        raise NotApplicable(
+            f"{defense}: expected a classifier, the client's {core.id} trains a denoiser, {why}"
+        )
 
 
 def rebased(mechanism: Mechanism, **changes: object) -> Mechanism:

@@ -1,7 +1,17 @@
 """Diffusion models: how images are noised, a network that denoises them, and how it draws."""
 
+from gradleak.denoising.networks import denoises
 from gradleak.denoising.sampling import ddim, grid, guided_output
 from gradleak.denoising.schedule import SCHEDULES, Prediction, Schedule
 from gradleak.denoising.unet import UNet
 
-__all__ = ["SCHEDULES", "Prediction", "Schedule", "UNet", "ddim", "grid", "guided_output"]
+__all__ = [
+    "SCHEDULES",
+    "Prediction",
+    "Schedule",
+    "UNet",
+    "ddim",
+    "denoises",
+    "grid",
+    "guided_output",
+]

@@ -131,6 +131,11 @@ class Local:
         """The same for the draws that predictions go by."""
         return self, batch
 
+    def drawn(self, batch: Batch, *, generator: torch.Generator) -> Callable[[Call], Tensor]:
+        """Loss of a batch as a function of the network, once the client has drawn for it."""
+        client, given = self.settled(batch, generator=generator)
+        return lambda network: client.objective(network, given)
+
     def gradient(
         self, state: ModelState, params: Mapping[str, Tensor], batch: Batch
     ) -> dict[str, Tensor]:

@@ -14,21 +14,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from gradleak.denoising import Prediction, Schedule
+from gradleak.denoising import Prediction, Schedule, denoises
 from gradleak.errors import IntractableLikelihood, InvalidInput
-from gradleak.mechanisms.client import Loss
+from gradleak.mechanisms.client import Call, Loss
 from gradleak.mechanisms.fedavg import FedAvg, Order
 from gradleak.mechanisms.fedsgd import FedSGD
 from gradleak.seeding import child, normal
-from gradleak.types import Batch, ModelState, Update
+from gradleak.types import Batch, Mechanism, ModelState, Update
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +71,8 @@ class Diffusing:
     draws: Draws | None = None
     carried: bool = False
     loss: Loss = mse_loss
+
+    id: ClassVar[str]
 
     def __post_init__(self) -> None:
         parent = getattr(super(), "__post_init__", None)
@@ -139,7 +141,7 @@ class Diffusing:
         """Whether nothing is left to draw."""
         return self.carried or (self.draws is not None and self.draws.complete)
 
-    def objective(self, network: Callable[..., Tensor], batch: Batch) -> Tensor:
+    def objective(self, network: Call, batch: Batch) -> Tensor:
         """Denoising loss of images that carry the draws of one visit, 0-dimensional."""
         channels = (batch.inputs.shape[1] - 1) // 2
         images, noise = batch.inputs[:, :channels], batch.inputs[:, channels : 2 * channels]
@@ -207,6 +209,31 @@ class Denoising(Diffusing, FedSGD):
         return self
 
 
+def one_step(core: Diffusing) -> Denoising:
+    """One step on the loss of `core`, without its draws or a time that it fixes."""
+    shared = {each.name: getattr(core, each.name) for each in fields(Diffusing)}
+    return Denoising(**shared | {"timestep": None, "draws": None, "carried": False})
+
+
+def check_network(network: nn.Module, core: Mechanism, *, name: str = "the network") -> None:
+    """Refuse a classifier for a client that denoises, and a denoiser for one that classifies.
+
+    Raises:
+        InvalidInput: network and client do not fit together.
+    """
+    if denoises(network) == isinstance(core, Diffusing):
+        return
+    if isinstance(core, Diffusing):
+        raise InvalidInput(
+            f"{name} classifies and {core.id} trains a denoiser: expected a network "
+            "(x_t, times) → x, such as unet"
+        )
+    raise InvalidInput(
+        f"{name} is a denoiser, called with (x_t, times): expected mechanism 'denoising' or "
+        "'denoising-fedavg', or a classifier"
+    )
+
+
 @dataclass(frozen=True)
 class DenoisingAvg(Diffusing, FedAvg):
     """FedAvg on the denoising loss: every visit of an image has noise and time of its own.
@@ -239,17 +266,26 @@ class DenoisingAvg(Diffusing, FedAvg):
         core, carrying = self.foreseen(batch)
         return super(DenoisingAvg, core).predict(received, state, carrying)
 
-    def _train(self, state: ModelState, batch: Batch, order: Order) -> Update:
-        """Train on one copy of every image for every visit of it, each with its own draws."""
-        b, visits = len(batch), self.visits(len(batch))
+    def drawn(self, batch: Batch, *, generator: torch.Generator) -> Callable[[Call], Tensor]:
+        client, given = self.settled(batch, generator=generator)
+        copies = client._copies(given)
+        return lambda network: client.objective(network, copies)
+
+    def _copies(self, batch: Batch) -> Batch:
+        """One copy of every image for every visit of it, each with its own draws."""
+        visits = self.visits(len(batch))
         channels = (batch.inputs.shape[1] - visits) // (visits + 1)
         images, behind = batch.inputs[:, :channels], batch.inputs[:, channels:]
         copies = [torch.cat([images, one], 1) for one in torch.split(behind, channels + 1, 1)]
+        labels = batch.labels.repeat(visits, *[1] * (batch.labels.ndim - 1))
+        return Batch(torch.cat(copies), labels)
+
+    def _train(self, state: ModelState, batch: Batch, order: Order) -> Update:
+        b = len(batch)
         seen = [0] * b
         numbered = []
         for visit in order:
             numbered.append(tuple(seen[i] * b + i for i in visit))
             for i in visit:
                 seen[i] += 1
-        labels = batch.labels.repeat(visits, *[1] * (batch.labels.ndim - 1))
-        return super()._train(state, Batch(torch.cat(copies), labels), tuple(numbered))
+        return super()._train(state, self._copies(batch), tuple(numbered))

@@ -10,6 +10,7 @@ from torch import nn
 from gradleak.defenses.cvb import cvb
 from gradleak.defenses.precode import precode
 from gradleak.errors import InvalidInput, nearest
+from gradleak.mechanisms import Denoising, DenoisingAvg, Diffusing
 from gradleak.models.cafe import cafe, cafe_small
 from gradleak.models.cnn6 import cnn6
 from gradleak.models.convnet import convnet, convnet_bn
@@ -22,7 +23,7 @@ from gradleak.models.seeding import seeded
 from gradleak.models.training import STAGES, accuracy, stage_steps, train
 from gradleak.models.vit import vit_tiny
 from gradleak.models.weights import load_weights, save_weights
-from gradleak.types import DataSpec
+from gradleak.types import DataSpec, Mechanism
 
 __all__ = [
     "MODELS",
@@ -30,6 +31,7 @@ __all__ = [
     "ModelAbout",
     "accuracy",
     "build",
+    "check_task",
     "load_weights",
     "save_weights",
     "stage_steps",
@@ -78,6 +80,27 @@ _ALTERED: dict[str, Callable[[nn.Module, DataSpec], nn.Module]] = {
 """Protections that change the network, by what its name ends in."""
 
 
+def check_task(name: str, core: Mechanism) -> None:
+    """Refuse a built-in network that does not do what clients train, by its name alone.
+
+    Raises:
+        InvalidInput: a classifier for clients that denoise, or the other way round.
+    """
+    about = MODELS.get(name.partition("+")[0])
+    if about is None or about.denoiser == isinstance(core, Diffusing):
+        return
+    if isinstance(core, Diffusing):
+        known = [each.id for each in MODELS.values() if each.denoiser]
+        raise InvalidInput(
+            f"--model {name} is a classifier and {core.id} trains denoisers: expected one of "
+            f"{', '.join(known)}, or your own MODULE:FACTORY"
+        )
+    raise InvalidInput(
+        f"--model {name} is a denoiser: expected --mechanism {Denoising.id} or {DenoisingAvg.id}, "
+        "or a classifier such as lenet"
+    )
+
+
 def build(name: str, spec: DataSpec, *, seed: int) -> nn.Module:
     """Build the network called `name` for data of form `spec`.
 
@@ -85,7 +108,8 @@ def build(name: str, spec: DataSpec, *, seed: int) -> nn.Module:
         name: an identifier of `MODELS`, or `package.module:factory` for the user's own network;
             either may end in "+precode" or "+cvb", which puts a variational bottleneck before
             its head or behind its first convolution.
-        spec: form of the data; the network maps (b, *spec.shape) to (b, spec.classes) logits.
+        spec: form of the data; the network maps (b, *spec.shape) to (b, spec.classes) logits, or
+            images with times (b,) to images.
         seed: fixes the initial weights; torch's global random state is left as it was.
 
     Raises:

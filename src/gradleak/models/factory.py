@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gradleak.data.files import one_line
+from gradleak.denoising import denoises
 from gradleak.errors import InvalidInput, nearest
 from gradleak.types import DataSpec
 
@@ -85,20 +86,30 @@ def takes_spec(made_by: Callable[..., Any]) -> bool:
 
 
 def check_outputs(model: nn.Module, spec: DataSpec, *, name: str) -> None:
-    """Run two grey examples through the model and insist on finite (2, classes) outputs.
+    """Run two grey examples through the model and insist on finite outputs of the right form.
+
+    A model called with images and times is a denoiser: it returns images; any other (2, classes).
 
     Raises:
-        InvalidInput: the model cannot take (b, *spec.shape) or does not return (b, classes).
+        InvalidInput: the model cannot take (b, *spec.shape) or does not return what it should.
     """
     training = {module: module.training for module in model.modules()}
     first = next(model.parameters(), None)
     if first is None or not any(p.requires_grad for p in model.parameters()):
         raise InvalidInput(f"model {name!r} has no trainable parameter")
     inputs = torch.full((2, *spec.shape), sum(spec.bounds) / 2, dtype=first.dtype).to(first.device)
-    wanted = f"expected (b, {', '.join(map(str, spec.shape))}) to (b, {spec.classes})"
+    form = f"(b, {', '.join(map(str, spec.shape))})"
+    given: tuple[torch.Tensor, ...]
+    size: tuple[int, ...]
+    if denoises(model):
+        given, size = (inputs, torch.tensor([0, 1], device=first.device)), tuple(inputs.shape)
+        wanted = f"expected {form} and times (b,) to {form}, as of a denoiser"
+    else:
+        given, size = (inputs,), (2, spec.classes)
+        wanted = f"expected {form} to (b, {spec.classes})"
     try:
         with torch.no_grad():
-            outputs = model.eval()(inputs)
+            outputs = model.eval()(*given)
     except Exception as error:
         raise InvalidInput(
             f"model {name!r} fails on a batch of two ({type(error).__name__}: "
@@ -107,7 +118,7 @@ def check_outputs(model: nn.Module, spec: DataSpec, *, name: str) -> None:
     finally:
         for module, mode in training.items():
             module.training = mode
-    if not isinstance(outputs, torch.Tensor) or outputs.shape != (2, spec.classes):
+    if not isinstance(outputs, torch.Tensor) or outputs.shape != size:
         got = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
         raise InvalidInput(f"model {name!r} returns {got} for a batch of two: {wanted}")
     if not bool(outputs.isfinite().all()):

@@ -10,13 +10,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from gradleak.data.records import Dataset
 from gradleak.defenses.precode import VariationalBottleneck
 from gradleak.errors import Diverged, InvalidInput, nearest
+from gradleak.mechanisms import FedSGD
+from gradleak.mechanisms.client import Local
 from gradleak.models.seeding import seeded
-from gradleak.types import ModelState
+from gradleak.types import Batch, ModelState
 
 STAGES: dict[str, int] = {"init": 0, "early": 100, "trained": 1000}
 """Training steps of each named stage, at `train`'s default batch size and learning rate.
@@ -51,11 +52,12 @@ def train(
     *,
     steps: int,
     seed: int,
+    client: Local | None = None,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
     progress: Callable[[int, int], None] | None = None,
 ) -> ModelState:
-    """Train a copy of `model` with Adam on the cross-entropy of the examples at `indices`.
+    """Train a copy of `model` with Adam on a client's loss of the examples at `indices`.
 
     Every epoch visits the examples in a new order; batch normalisation updates its running
     statistics. The model itself and torch's global random state stay as they are, and the first k
@@ -66,7 +68,8 @@ def train(
         dataset: where the examples come from.
         indices: (n,) examples to train on.
         steps: minibatches; 0 returns the initial state.
-        seed: fixes the order of examples and dropout.
+        seed: fixes the order of examples, dropout, and what the client draws.
+        client: whose loss it is; None takes the cross-entropy.
         batch_size: examples per step, at most n.
         learning_rate: Adam's.
         progress: called with (steps done, steps) after each step.
@@ -89,11 +92,13 @@ def train(
         [p for p in pupil.parameters() if p.requires_grad], lr=learning_rate
     )
     order = torch.Generator().manual_seed(seed)
+    client, draws = client or FedSGD(), torch.Generator().manual_seed(seed)
     batches = minibatches(indices, batch_size, steps=steps, generator=order)
     with seeded(seed), torch.enable_grad():
         for step, chosen in enumerate(batches, start=1):
             batch = dataset.batch(chosen)
-            loss = F.cross_entropy(pupil(batch.inputs.to(device)), batch.labels.to(device))
+            batch = Batch(batch.inputs.to(device), batch.labels.to(device))
+            loss = client.drawn(batch, generator=draws)(pupil)
             for bottleneck in bottlenecks:
                 loss = loss + bottleneck.penalty()
             if not math.isfinite(loss.item()):

@@ -27,6 +27,8 @@ FACTS = {
     "bn_statistics": "the batch's batch-normalisation statistics",
     "minibatch_order": "which examples every local step, or every vertical round, visits",
     "prior": "a prior of the data, fitted to public examples",
+    "timesteps": "which step of the noise schedule every image was drawn at",
+    "noise": "the noise that was added to every image",
 }
 SERVERS = {
     "honest": "Honest but curious: the server follows the protocol and studies what it receives.",
@@ -39,6 +41,8 @@ VIEWS = {
 MECHANISMS = {
     "fedsgd": "the gradient of one batch",
     "fedavg": "the change of the weights after local training",
+    "denoising": "the gradient of a diffusion model's loss on one batch",
+    "denoising-fedavg": "the change of a diffusion model's weights after local training",
     "vertical": "the gradient of every round of vertical training",
 }
 
@@ -244,7 +248,10 @@ DEFINITIONS: tuple[tuple[str, str], ...] = (
         "and control. A target (one client's update) is recovered when half of its images are.",
     ),
     ("SSIM", "Structural similarity, up to 1 for equal images; 0 for unrelated ones."),
-    ("Labels", "Share of the private labels recovered, order ignored."),
+    (
+        "Labels",
+        "Share of the private labels recovered, order ignored; a dash where training uses none.",
+    ),
     (
         "n and intervals",
         "n counts the targets. One that failed, diverged or found no solution stays in n and "

@@ -92,19 +92,28 @@ def _trained(spec: str, file: Path, dataset: Dataset, public: Tensor, *, directo
             f"--prior {spec!r} is of data {prior.data.shape} in {prior.data.bounds}: "
             f"expected {dataset.spec.shape} in {dataset.spec.bounds}"
         )
-    private = torch.ones(len(dataset), dtype=torch.bool)
-    private[public] = False
-    seen = int(prior.seen(dataset.batch(private.nonzero()[:, 0]).inputs).sum())
-    if seen > _SHARED * int(private.sum()):
-        raise InvalidInput(
-            f"--prior {spec!r} was trained on {seen} of the {int(private.sum())} private examples "
-            "of this run: expected the --seed that it was trained with, or other data"
-        )
+    check_unseen(prior, dataset, public, name=f"--prior {spec!r}")
     digest = priors.digest(prior)
     path = directory / TENSORS / f"prior-{digest}.safetensors"
     if not path.exists():
         priors.save(prior, path)
     return Belief(spec, f"{TENSORS}/{path.name}", digest)
+
+
+def check_unseen(prior: priors.Network, dataset: Dataset, public: Tensor, *, name: str) -> None:
+    """Refuse a prior that was trained on what is private in a run.
+
+    Raises:
+        InvalidInput: it was.
+    """
+    private = torch.ones(len(dataset), dtype=torch.bool)
+    private[public] = False
+    seen = int(prior.seen(dataset.batch(private.nonzero()[:, 0]).inputs).sum())
+    if seen > _SHARED * int(private.sum()):
+        raise InvalidInput(
+            f"{name} was trained on {seen} of the {int(private.sum())} private examples "
+            "of this run: expected the --seed that it was trained with, or other data"
+        )
 
 
 @lru_cache(maxsize=2)

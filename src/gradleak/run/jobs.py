@@ -21,10 +21,10 @@ from gradleak.data import Dataset, Split
 from gradleak.defenses import DEFENSES, rebased
 from gradleak.defenses import build as build_defense
 from gradleak.errors import InvalidInput
-from gradleak.mechanisms import MECHANISMS, FedAvg
+from gradleak.mechanisms import MECHANISMS
 from gradleak.mechanisms.client import BatchNormMode
 from gradleak.run.beliefs import Belief
-from gradleak.run.settings import AuditSettings
+from gradleak.run.settings import LOCAL, AuditSettings
 from gradleak.run.states import Broadcast
 from gradleak.threat import ThreatModel
 from gradleak.types import Fact, Mechanism, View
@@ -204,7 +204,7 @@ class JobSpec:
         if ":" in self.mechanism:
             scenario["mechanism"] = registry.split_spec(self.mechanism)[0]
             scenario["mechanism_spec"] = self.mechanism
-        if self.mechanism == "fedavg":
+        if self.mechanism in LOCAL:
             scenario["local_steps"] = self.local_steps
             scenario["local_learning_rate"] = self.local_learning_rate
         if self.view == "aggregate":
@@ -273,14 +273,14 @@ def client_of(
 
     Args:
         mechanism: notation of local training.
-        local_steps: of "fedavg" without fields; None takes the default, as for the learning rate.
-        local_learning_rate: of "fedavg" without fields.
+        local_steps: of one of `LOCAL` without fields; None takes the default, as for the rate.
+        local_learning_rate: of the same.
         batch_norm: statistics the client normalises by.
         defense: notation of the protections.
     """
     core: Mechanism = registry.build("mechanism", mechanism, MECHANISMS)
-    if mechanism == FedAvg.id:
-        core = FedAvg(
+    if mechanism in LOCAL:
+        core = LOCAL[mechanism](
             steps=local_steps or DEFAULT_LOCAL_STEPS,
             learning_rate=local_learning_rate or DEFAULT_LOCAL_LEARNING_RATE,
         )
@@ -333,7 +333,7 @@ def plan(
     pool = len(division.clients)
     attacks = {spec: attack_spec(spec, budget=settings.budget) for spec in settings.attack}
     defenses = {spec: defense_spec(spec) for spec in settings.defense}
-    fedavg = settings.mechanism == "fedavg"
+    fedavg = settings.mechanism in LOCAL
     alone = clients == 1
     slots = targets + alone
     jobs = []

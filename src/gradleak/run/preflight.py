@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from gradleak.defenses import Wrapped, difference, norm, undefended
+from gradleak.defenses import Wrapped, difference, norm, rebased, undefended
 from gradleak.mechanisms.aggregate import parts
 from gradleak.mechanisms.client import normalises
 from gradleak.scenario import Scenario
@@ -140,6 +140,8 @@ def _protections(
     doubts = []
     batch = parts(truth.batch, truth.clients)[0]
     layer = scenario.mechanism
+    if truth.draws is not None:  # else every replay would draw its own
+        layer = rebased(layer, draws=truth.draws)
     while isinstance(layer, Wrapped):
         with torch.no_grad():
             before = layer.inner.sample(state, batch, generator=_stream(generator))

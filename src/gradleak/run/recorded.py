@@ -17,12 +17,13 @@ from torch import Tensor
 from gradleak import jsonsafe, models
 from gradleak.attacks import attack_all
 from gradleak.attacks import build as build_attack
+from gradleak.defenses import rebased
 from gradleak.errors import CorruptFile, InvalidInput, NotApplicable, nearest
 from gradleak.observation import observe
 from gradleak.run import memory
 from gradleak.run.jobs import attack_spec, check_server, client_of, derive
 from gradleak.run.recordings import read_tensors
-from gradleak.run.settings import AuditSettings, option, read_config
+from gradleak.run.settings import AuditSettings, option, read_config, trains_denoiser
 from gradleak.run.store import write_whole
 from gradleak.types import DataSpec, Reconstruction, Update
 
@@ -135,6 +136,8 @@ def attack_recorded(
         batch_norm=settings.batch_norm,
         defense=settings.defense[0],
     )
+    if trains_denoiser(settings.mechanism):
+        client = rebased(client, bounds=data.bounds)
     seen = observe(
         state,
         update=update,

@@ -22,8 +22,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gradleak.data import Dataset, Split
-from gradleak.defenses import asks_for_public, informed, undefended
+from gradleak.defenses import asks_for_public, informed, rebased, undefended
 from gradleak.errors import CorruptFile, InvalidInput
+from gradleak.mechanisms import Diffusing
 from gradleak.observation import observe
 from gradleak.run.jobs import JobSpec, mechanism_of
 from gradleak.run.recordings import read_tensors
@@ -93,6 +94,8 @@ def replies(job: JobSpec, truths: Dataset | None) -> list[Observation]:
     spec = _spec(path)
     state = state_of(job, spec)
     client = client_told(job, truths)
+    if isinstance(undefended(client), Diffusing):
+        client = rebased(client, bounds=spec.bounds)
     belief = client if Fact.MECHANISM in job.knows else undefended(client)
     stored = read_tensors(path)
     seen = []
@@ -124,7 +127,9 @@ def client_told(job: JobSpec, truths: Dataset | None) -> Mechanism:
 
 
 def told(client: Mechanism, dataset: Dataset, public: Tensor) -> Mechanism:
-    """A client, told of the first public examples if any of its layers asks for them."""
+    """A client, told of the data's bounds and, if any layer asks, of the first public examples."""
+    if isinstance(undefended(client), Diffusing):
+        client = rebased(client, bounds=dataset.spec.bounds)
     return informed(client, dataset.batch(public[:PUBLIC])) if asks_for_public(client) else client
 
 

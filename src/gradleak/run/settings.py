@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from gradleak import registry
 from gradleak.errors import CorruptFile, InvalidInput, nearest
-from gradleak.mechanisms import MECHANISMS, Vertical
+from gradleak.mechanisms import MECHANISMS, DenoisingAvg, Diffusing, FedAvg, Vertical
 from gradleak.threat import BatchNormKnowledge
 from gradleak.types import Fact, View
 
@@ -26,6 +26,12 @@ TARGETS: Mapping[str, int] = {"quick": 8, "standard": 16, "thorough": 64}
 CLIENTS_IN_SUM = (1, 2, 4, 8)
 """Clients in a secure sum where none are named: how fast leakage falls with their number."""
 
+ON_DENOISERS = ("gidm", "dlg-dm", "invg-dm")
+"""Attacks on diffusion clients whose noise and times are known, as far as they are registered."""
+
+ON_PRIVATE_DENOISERS = ("gidm-plus",)
+"""The same where noise and times are private."""
+
 METRIC_NAMES = ("psnr_db", "ssim", "mse", "identified", "label_accuracy")
 
 _LARGEST = 1_000_000
@@ -33,6 +39,9 @@ _LARGEST = 1_000_000
 
 _POSITIVE = ("batch_size", "targets", "clients", "local_steps", "clients_in_sum")
 
+
+LOCAL: Mapping[str, type[FedAvg]] = {kind.id: kind for kind in (FedAvg, DenoisingAvg)}
+"""Mechanisms of local training, which --local-steps and --local-learning-rate are for."""
 
 KNOWN_BY_DEFAULT = ("batch_size", "mechanism")
 """Facts that an attacker has unless they are taken away: Kerckhoffs, and the batch size."""
@@ -150,14 +159,23 @@ class AuditSettings:
         if rate is not None and not 0 < rate < float("inf"):
             raise InvalidInput(f"--local-learning-rate {rate}: expected a positive number")
         registry.build("mechanism", self.mechanism, MECHANISMS)
+        for drawn in (Fact.TIMESTEPS, Fact.NOISE):
+            if drawn in self.knows and not trains_denoiser(self.mechanism):
+                raise InvalidInput(
+                    f"--knows {drawn} contradicts --mechanism {self.mechanism}: expected a client "
+                    "that draws noise and times, denoising or denoising-fedavg"
+                )
+        for name in ("draws", "carried", "bounds"):
+            if name in registry.split_spec(self.mechanism)[1]:
+                raise InvalidInput(f"--mechanism {self.mechanism}: {name} is not for settings")
         if "batch_norm" in registry.split_spec(self.mechanism)[1]:
             raise InvalidInput(f"--mechanism {self.mechanism}: expected --batch-norm")
-        if self.mechanism != "fedavg":
+        if self.mechanism not in LOCAL:
             for name in ("local_steps", "local_learning_rate"):
                 if getattr(self, name) is not None:
                     raise InvalidInput(
                         f"{option(name)} contradicts --mechanism {self.mechanism}: "
-                        "local training needs --mechanism fedavg"
+                        f"local training needs --mechanism {' or '.join(LOCAL)}"
                     )
         if self.weights is not None and self.stage is not None:
             raise InvalidInput(
@@ -206,7 +224,7 @@ class AuditSettings:
             )
         if registry.split_spec(self.mechanism)[0] == Vertical.id:
             raise InvalidInput("--view aggregate: expected --mechanism fedsgd or fedavg")
-        for fact in (Fact.BN_STATISTICS, Fact.MINIBATCH_ORDER):
+        for fact in (Fact.BN_STATISTICS, Fact.MINIBATCH_ORDER, Fact.TIMESTEPS, Fact.NOISE):
             if fact in self.knows and max(self.sums) > 1:
                 raise InvalidInput(
                     f"--knows {fact} contradicts --view aggregate: a sum of clients has none"
@@ -246,6 +264,9 @@ class AuditSettings:
             if known == "knows":
                 value = granted([value] if isinstance(value, str) else value)
             values[known] = _typed(value, hints[known], where=option(known))
+        if trains_denoiser(values.get("mechanism", cls.mechanism)):
+            values.setdefault("model", "unet")
+            values.setdefault("attack", attacks_on_denoisers(values.get("knows", cls.knows)))
         settings = cls(**values)
         if "prior" in values and not (settings.grants_prior or settings.bounds):
             raise InvalidInput(
@@ -273,6 +294,23 @@ def granted(listed: Iterable[object]) -> list[str]:
             raise InvalidInput(f"--knows {word!r}: {nearest(fact, map(str, Fact))}")
         (facts.discard if word.startswith("no-") else facts.add)(fact)
     return sorted(facts)
+
+
+def trains_denoiser(mechanism: str) -> bool:
+    """Whether the notation is of a client that trains a diffusion model."""
+    kind = MECHANISMS.get(registry.split_spec(mechanism)[0])
+    return kind is not None and issubclass(kind, Diffusing)
+
+
+def attacks_on_denoisers(knows: Iterable[str]) -> tuple[str, ...]:
+    """The attacks of an audit of diffusion clients: those made for them whose needs are granted."""
+    from gradleak.attacks import ATTACKS
+
+    granted = {Fact(fact) for fact in knows}
+    private = not {Fact.TIMESTEPS, Fact.NOISE} <= granted
+    fitting = ON_PRIVATE_DENOISERS if private else ON_DENOISERS
+    found = [n for n in fitting if n in ATTACKS and ATTACKS[n].about.needs <= granted]
+    return tuple(found) or ("inverting-gradients",)
 
 
 def option(name: str) -> str:

@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gradleak import models
+from gradleak import models, priors
 from gradleak.data import Dataset
-from gradleak.errors import InvalidInput
+from gradleak.errors import CorruptFile, InvalidInput
+from gradleak.mechanisms import Denoising
+from gradleak.run.beliefs import check_unseen
 from gradleak.run.store import TENSORS
 from gradleak.types import DataSpec, ModelState
 
@@ -43,6 +45,7 @@ def prepare(
     stage: str,
     weights: Path | None,
     seed: int,
+    client: Denoising | None = None,
     directory: Path,
     progress: Callable[[int, int], None],
 ) -> Broadcast:
@@ -56,25 +59,67 @@ def prepare(
         dataset: data to train on.
         public: indices of its public half.
         stage: training stage.
-        weights: file that replaces the initialisation.
+        weights: file that replaces the initialisation; of weights, or of a diffusion prior.
         seed: fixes the order of training.
+        client: whose loss a diffusion model is trained on; None trains a classifier.
         directory: of the run.
         progress: called with (steps done, steps).
     """
-    initial = models.load_weights(weights, model) if weights else ModelState.of(model)
+    initial = ModelState.of(model)
+    if weights:
+        initial = _given(weights, model, dataset, public, client)
     steps = 0 if weights else models.stage_steps(stage)
+    of_client = "" if client is None else f"/{client.noise_schedule}/{client.bounds}"
     origin = hashlib.sha256(
-        f"{digest(initial)}/{model}/{dataset.fingerprint}/{steps}/{seed}".encode()
+        f"{digest(initial)}/{model}/{dataset.fingerprint}/{steps}/{seed}{of_client}".encode()
     ).hexdigest()[:16]
     path = directory / TENSORS / f"state-{origin}.safetensors"
     if not path.exists():
         state = (
-            models.train(model, dataset, public, steps=steps, seed=seed, progress=progress)
+            models.train(
+                model, dataset, public, steps=steps, seed=seed, client=client, progress=progress
+            )
             if steps
             else initial
         )
         _save(state, model, path)
     return Broadcast(f"{TENSORS}/{path.name}", digest(models.load_weights(path, model)))
+
+
+def _given(
+    weights: Path, model: nn.Module, dataset: Dataset, public: Tensor, client: Denoising | None
+) -> ModelState:
+    """The state in a file: weights, or a diffusion prior whose network clients train on.
+
+    Raises:
+        InvalidInput: a prior of other data or another schedule, of private examples, or one whose
+            network is another.
+    """
+    try:
+        prior = priors.load(weights)
+    except CorruptFile:  # no prior: the usual case
+        return models.load_weights(weights, model)
+    name = f"--weights {weights.stem!r}"
+    if client is None or not isinstance(prior, priors.Denoiser):
+        raise InvalidInput(f"{name} is a prior: expected one of a denoiser, for clients of one")
+    if (prior.data.shape, prior.data.bounds) != (dataset.spec.shape, dataset.spec.bounds):
+        raise InvalidInput(f"{name} is of data {prior.data.shape}: expected {dataset.spec.shape}")
+    if prior.schedule != client.noise_schedule:
+        raise InvalidInput(
+            f"{name} was trained under {prior.schedule}: expected the clients' "
+            f"{client.noise_schedule}"
+        )
+    check_unseen(prior, dataset, public, name=name)
+    initial = ModelState.of(model)
+    found = {k: tuple(v.shape) for k, v in prior.network.items()}
+    if found != {k: tuple(v.shape) for k, v in initial.params.items()}:
+        raise InvalidInput(
+            f"{name} holds another network, {prior.family.width} channels wide"
+            f"{' and told classes' * prior.family.conditional}: expected one without classes, of "
+            "16 channels for --model unet or of 32 for unet-wide"
+        )
+    params = {k: prior.network[k].to(old) for k, old in initial.params.items()}
+    return dataclasses.replace(initial, params=params)
 
 
 def keep(state: ModelState, model: nn.Module, directory: Path) -> Broadcast:
@@ -125,7 +170,7 @@ def file_of(weights: str | None) -> Path | None:
     """The user's weights file, if any."""
     if weights is None:
         return None
-    path = Path(weights)
+    path = priors.TRAINED.get(weights, Path(weights))
     if not path.is_file():
         raise InvalidInput(f"--weights {weights!r}: no such file")
     return path

@@ -39,6 +39,7 @@ from gradleak.run.replies import (
     state_of,
     told,
 )
+from gradleak.run.settings import trains_denoiser
 from gradleak.run.states import broadcast
 from gradleak.run.store import TENSORS
 from gradleak.scenario import Scenario, simulate
@@ -253,6 +254,7 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
     ceilings = _from_the_truth(job, attack, attacked)
 
     labels_known = Fact.LABELS in job.knows
+    unlabelled = trains_denoiser(job.mechanism)
     entries, pictures, at_truth, at_guess = [], [], [], []
     for i, (target, claim) in enumerate(zip(attacked, claims)):
         true = target.truth.trained_on
@@ -269,7 +271,8 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
         def scores(
             guess: Batch, truth: Batch = truth, original: Batch = original
         ) -> dict[str, list[float]]:
-            return metrics.score(guess, truth, original=original, bank=bank, spec=dataset.spec)
+            found = metrics.score(guess, truth, original=original, bank=bank, spec=dataset.spec)
+            return {k: v for k, v in found.items() if not (unlabelled and k == "label_accuracy")}
 
         entries.append(
             {
@@ -392,7 +395,9 @@ def _foretold(job: JobSpec, dataset: Dataset | None) -> dict[str, Any] | None:
     targets = simulate_targets(job, dataset, divide(dataset, job.seed))[: len(job.targets)]
     scored = []
     for number, target in zip(job.targets, targets, strict=True):
-        client = rebased(target.scenario.mechanism, fixed_order=target.truth.order)
+        client = rebased(
+            target.scenario.mechanism, fixed_order=target.truth.order, draws=target.truth.draws
+        )
         client = summed(client, job.honest)
         scores = predictions(
             client,

@@ -45,6 +45,7 @@ class Fishing:
         "Magnification, ICML 2022",
         link="https://arxiv.org/abs/2202.00580",
         modalities=frozenset({"image"}),
+        classifiers=True,
         needs=frozenset({Fact.BATCH_SIZE}),
         likelihood="of directions (cosine)",
         prior="total variation in the box",

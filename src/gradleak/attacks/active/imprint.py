@@ -71,6 +71,7 @@ class Imprint:
         "Learning with Modified Models, ICLR 2022",
         link="https://arxiv.org/abs/2110.13057",
         modalities=frozenset({"image", "tabular"}),
+        classifiers=True,
         needs=frozenset({Fact.BATCH_SIZE}),
         likelihood="exact equations",
         prior="none",

@@ -48,6 +48,7 @@ class TrapWeights:
         "Private, EuroS&P 2023",
         link="https://arxiv.org/abs/2112.02918",
         modalities=frozenset({"image", "tabular"}),
+        classifiers=True,
         needs=frozenset({Fact.BATCH_SIZE}),
         likelihood="exact equations",
         prior="none",

@@ -52,6 +52,7 @@ class April:
         "Transformers, CVPR 2022",
         link="https://arxiv.org/abs/2112.14087",
         modalities=frozenset({"image"}),
+        classifiers=True,
         needs=frozenset({Fact.BATCH_SIZE}),
         likelihood="exact equations",
         prior="none",

@@ -61,6 +61,7 @@ class Cafe:
         "NeurIPS 2021",
         link="https://arxiv.org/abs/2110.15122",
         modalities=frozenset({"image"}),
+        classifiers=True,
         needs=frozenset({Fact.BATCH_SIZE, Fact.MINIBATCH_ORDER}),
         likelihood="exact equations, then Gaussian (squared L2) of features and gradients",
         prior="total variation in the box",

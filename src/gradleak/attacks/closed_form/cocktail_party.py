@@ -66,6 +66,7 @@ class CocktailParty:
         "Federated Learning Using Independent Component Analysis, ICML 2023",
         link="https://arxiv.org/abs/2209.05578",
         modalities=frozenset({"image"}),
+        classifiers=True,
         needs=frozenset({Fact.BATCH_SIZE}),
         likelihood="exact equations up to an unknown unmixing",
         prior="independence, total variation",

@@ -39,6 +39,7 @@ class LinearLayer:
         "Geiping et al., NeurIPS 2020, Prop. 3.1",
         link="https://arxiv.org/abs/2003.14053",
         modalities=frozenset({"image", "tabular"}),
+        classifiers=True,
         needs=frozenset({Fact.BATCH_SIZE}),
         likelihood="exact equations",
         prior="none",

@@ -46,6 +46,7 @@ class LoneRows:
         "al., SRATTA: Sample Re-ATTribution Attack of Secure Aggregation, ICML 2023",
         link="https://arxiv.org/abs/2306.07644",
         modalities=frozenset({"image", "tabular"}),
+        classifiers=True,
         needs=frozenset({Fact.BATCH_SIZE}),
         likelihood="exact equations",
         prior="none",

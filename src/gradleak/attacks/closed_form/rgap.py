@@ -61,6 +61,7 @@ class RGap:
         paper="Zhu, Blaschko, R-GAP: Recursive Gradient Attack on Privacy, ICLR 2021",
         link="https://openreview.net/forum?id=RSU17UoKfJF",
         modalities=frozenset({"image", "tabular"}),
+        classifiers=True,
         needs=frozenset({Fact.BATCH_SIZE}),
         likelihood="exact equations",
         prior="none",

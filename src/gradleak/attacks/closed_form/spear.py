@@ -59,6 +59,7 @@ class Spear:
         "Federated Learning, NeurIPS 2024",
         link="https://arxiv.org/abs/2403.03945",
         modalities=frozenset({"image", "tabular"}),
+        classifiers=True,
         needs=frozenset({Fact.BATCH_SIZE}),
         likelihood="exact equations",
         prior="none",

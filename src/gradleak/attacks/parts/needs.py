@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from gradleak.defenses.wrapped import undefended
 from gradleak.errors import NotApplicable
+from gradleak.mechanisms import Diffusing, Draws
 from gradleak.types import About, Fact, Observation
 
 
 def require(about: About, seen: Observation) -> None:
-    """Check modality, server behaviour and granted facts.
+    """Check modality, server behaviour, kind of network and granted facts.
 
     Raises:
         NotApplicable: says what is missing.
@@ -20,12 +21,21 @@ def require(about: About, seen: Observation) -> None:
         raise NotApplicable(
             f"{about.id} needs a malicious server, the threat model has an honest one"
         )
+    core = undefended(seen.mechanism)
+    if about.classifiers and isinstance(core, Diffusing):
+        raise NotApplicable(
+            f"{about.id}: expected a classifier, the client's {core.id} trains a denoiser"
+        )
+    drawn = getattr(core, "draws", None) or Draws()
+    fixed = getattr(core, "timestep", None) is not None
     granted = {
         Fact.BATCH_SIZE: seen.knowledge.batch_size is not None,
         Fact.LABELS: seen.knowledge.labels is not None,
         Fact.BN_STATISTICS: seen.knowledge.bn_statistics is not None,
-        Fact.MINIBATCH_ORDER: getattr(undefended(seen.mechanism), "fixed_order", ()) is not None,
+        Fact.MINIBATCH_ORDER: getattr(core, "fixed_order", ()) is not None,
         Fact.PRIOR: seen.knowledge.prior is not None,
+        Fact.TIMESTEPS: fixed or drawn.times is not None,
+        Fact.NOISE: drawn.noise is not None,
     }
     missing = sorted(str(fact) for fact in about.needs if not granted.get(fact, True))
     if missing:

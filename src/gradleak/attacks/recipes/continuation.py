@@ -89,6 +89,7 @@ class Continuation(Recipe):
         "Easy Is It to Break Privacy in Federated Learning?, NeurIPS 2020",
         link="https://arxiv.org/abs/2003.14053",
         modalities=frozenset({"image"}),
+        classifiers=True,
         needs=frozenset({Fact.BATCH_SIZE}),
         likelihood="of directions (cosine), through smoothed networks",
         prior="squared variation that fades",

@@ -66,6 +66,7 @@ class GradInversion(Recipe):
         "CVPR 2021",
         link="https://arxiv.org/abs/2104.07586",
         modalities=frozenset({"image"}),
+        classifiers=True,
         needs=frozenset({Fact.BATCH_SIZE}),
         likelihood="Laplace of the layers' residual norms",
         prior="total variation, L2 norm, batch-normalisation statistics where they are known",

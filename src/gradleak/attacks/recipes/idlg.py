@@ -37,6 +37,7 @@ class IDLG(DLG):
         paper="Zhao, Mopuri & Bilen, iDLG: Improved Deep Leakage from Gradients, 2020",
         link="https://arxiv.org/abs/2001.02610",
         modalities=frozenset({"image"}),
+        classifiers=True,
         needs=frozenset({Fact.BATCH_SIZE}),
         likelihood="Gaussian (squared L2), the label settled first",
         prior="none",

@@ -75,6 +75,7 @@ class Posterior(Recipe):
         "Gradient Leakage, ICLR 2022",
         link="https://arxiv.org/abs/2111.04706",
         modalities=frozenset({"image"}),
+        classifiers=True,
         needs=frozenset({Fact.BATCH_SIZE}),
         likelihood="the protection's own",
         prior="the one granted, else total variation",

@@ -53,6 +53,7 @@ class SurrogateModelExtension(InvertingGradients):
         "Update Attack on Federated Learning, ICML 2023",
         link="https://arxiv.org/abs/2306.00127",
         modalities=frozenset({"image"}),
+        classifiers=True,
         needs=frozenset({Fact.BATCH_SIZE}),
         likelihood="of directions (cosine), at a place on the line of weights",
         prior="total variation in the box",
