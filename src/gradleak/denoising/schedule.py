@@ -70,8 +70,8 @@ SCHEDULES: Mapping[str, Callable[[int], Tensor]] = {
 class Schedule:
     """A noise schedule and what networks under it predict.
 
-    Images are (b, *shape) in [−1, 1] and times (b,), whole or, in between, interpolated: all
-    functions are differentiable in both.
+    Images are (b, *shape) in [−1, 1] and times (b,), whole or, in between, interpolated, or (b, T)
+    shares of all times, whose mean ᾱ counts: all functions are differentiable in both.
 
     Attributes:
         name: of `SCHEDULES`.
@@ -101,7 +101,9 @@ class Schedule:
     def alpha(self, times: Tensor, like: Tensor) -> Tensor:
         """ᾱ at `times`, in the type of `like` and (b, 1, …) so as to multiply it."""
         known = self.alphas.to(like)
-        if times.is_floating_point():
+        if times.ndim == 2:
+            found = times.to(like) @ known
+        elif times.is_floating_point():
             low = times.detach().floor().clamp(0, self.timesteps - 2)
             share = times.to(like) - low.to(like)
             index = low.long()

@@ -61,6 +61,8 @@ class Diffusing:
         draws: noise and times, as far as they are known; of the attacker's belief, what the threat
             model grants.
         carried: whether inputs carry their draws.
+        mixed: planes behind image and noise that carry, instead of t, a share of every time: the
+            image is noised to the mean ᾱ, and the network is given the shares (b, T).
     """
 
     schedule: str = "linear"
@@ -70,6 +72,7 @@ class Diffusing:
     bounds: tuple[float, float] = (0.0, 1.0)
     draws: Draws | None = None
     carried: bool = False
+    mixed: int = 0
     loss: Loss = mse_loss
 
     id: ClassVar[str]
@@ -143,9 +146,10 @@ class Diffusing:
 
     def objective(self, network: Call, batch: Batch) -> Tensor:
         """Denoising loss of images that carry the draws of one visit, 0-dimensional."""
-        channels = (batch.inputs.shape[1] - 1) // 2
+        channels = (batch.inputs.shape[1] - (self.mixed or 1)) // 2
         images, noise = batch.inputs[:, :channels], batch.inputs[:, channels : 2 * channels]
-        times = batch.inputs[:, -1].flatten(1)[:, 0]
+        planes = batch.inputs[:, 2 * channels :].flatten(1)
+        times = planes[:, : self.timesteps] if self.mixed else planes[:, 0]
         low, high = self.bounds
         clean = (images - low) * (2 / (high - low)) - 1
         schedule = self.noise_schedule

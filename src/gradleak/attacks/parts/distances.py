@@ -22,6 +22,7 @@ Slope = Callable[[list[Tensor]], tuple[Tensor, Sequence[Tensor]]]
 _Weighting = Callable[[Sequence[Tensor]], Tensor]
 
 _SHORTEST = 1e-6
+_FAINT = 1e-6
 
 
 def squared_l2(predicted: Tensors, received: Tensors) -> Tensor:
@@ -39,6 +40,19 @@ def layer_norms(predicted: Tensors, received: Tensors) -> Tensor:
     whole = _lengths([received[k] for k in predicted]).sum()
     gaps = [p - received[k] for k, p in predicted.items()]
     return _lengths(gaps).sum() / whole
+
+
+def relative_squares(predicted: Tensors, received: Tensors, *, balance: float = 0.0) -> Tensor:
+    """Σ_l w_l ‖p_l − r_l‖², w_l ∝ ‖r_l‖^(−2 · balance), 1 where all p_l are zero.
+
+    0 weighs tensors alike, 1 each by its own length, which counts as a thousandth of all at least.
+    """
+    sizes = torch.stack([(received[k] ** 2).sum() for k in predicted])
+    whole = sizes.sum().clamp(min=torch.finfo(sizes.dtype).tiny)
+    weights = sizes.clamp(min=_FAINT * whole) ** -balance
+    weights = weights / (weights * sizes).sum().clamp(min=torch.finfo(sizes.dtype).tiny)
+    gaps = torch.stack([((p - received[k]) ** 2).sum() for k, p in predicted.items()])
+    return (weights * gaps).sum()
 
 
 def cosine(predicted: Tensors, received: Tensors) -> Tensor:
