@@ -42,6 +42,8 @@ ENOUGH = {
     "gi-pip": {"steps": 300},
     "gias": {"steps": 500, "latent_share": 0.2, "restarts": 1},
     "ggl": {"steps": 600},
+    "gradient-guided-diffusion": {"steps": 300},
+    "guided-sampling": {"steps": 50, "restarts": 2, "method": "moments"},
     "inverting-gradients": {"steps": 300},
     "rog": {"steps": 300, "factor": 1},
     "latent-inversion": {"steps": 600, "total_variation": 1e-4},
@@ -53,6 +55,8 @@ PRIORS = {
     "gias": "gan:steps=150,channels=8,latent=16,learning_rate=0.001,averaging=0.95",
     "ggl": "gan:steps=40,channels=8,latent=4,learning_rate=0.002,averaging=0.9",
     "gi-pip": "autoencoder:steps=300,hidden=64,code=16",
+    "gradient-guided-diffusion": "diffusion:steps=150,width=8,timesteps=50,averaging=0.95",
+    "guided-sampling": "diffusion:steps=150,width=8,timesteps=50,averaging=0.95",
 }
 """Small ones of what an attack needs, trained on the public half of the digits in a moment."""
 

@@ -174,7 +174,7 @@ def _choose(objective: Objective, found: Search, count: int) -> list[Reconstruct
                 batch=batch,
                 objective=float(found.values[best]),
                 status=found.status[best],
-                message=_told(len(trials), len(dropped)),
+                message=found.notes.get(target) or _told(len(trials), len(dropped)),
                 evaluations=sum(found.evaluations[t] for t in trials),
                 history=tuple(found.history[best]),
                 engine=str(objective.engine),

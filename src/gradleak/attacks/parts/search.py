@@ -34,6 +34,7 @@ class Search:
         status: why each trial stopped.
         evaluations: gradient evaluations of each trial.
         history: (evaluation, value) pairs of each trial, thinned.
+        notes: by target, a line on the claim instead of the number of restarts.
     """
 
     variables: Variables
@@ -41,6 +42,7 @@ class Search:
     status: list[Status]
     evaluations: list[int]
     history: list[list[float]] = field(default_factory=list)
+    notes: dict[int, str] = field(default_factory=dict)
 
 
 def step_decay(step: int, steps: int) -> float:
