@@ -46,6 +46,7 @@ ENOUGH = {
     "rog": {"steps": 300, "factor": 1},
     "latent-inversion": {"steps": 600, "total_variation": 1e-4},
     "sme": {"steps": 300},
+    "user-level-diffusion": {"steps": 300, "prior_weight": 1e-3},
 }
 """Settings that suffice for one digit through a small network, where cheap ones would not."""
 
@@ -53,6 +54,7 @@ PRIORS = {
     "gias": "gan:steps=150,channels=8,latent=16,learning_rate=0.001,averaging=0.95",
     "ggl": "gan:steps=40,channels=8,latent=4,learning_rate=0.002,averaging=0.9",
     "gi-pip": "autoencoder:steps=300,hidden=64,code=16",
+    "user-level-diffusion": "diffusion:steps=100,batch_size=16,width=8",
 }
 """Small ones of what an attack needs, trained on the public half of the digits in a moment."""
 
