@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import gradleak as gl
-from gradleak import priors
+from gradleak import defenses, priors
 from gradleak.attacks.recipes.user_level import UserLevelDiffusion
 from gradleak.errors import InvalidInput, NotApplicable
 from gradleak.mechanisms import FedAvg
@@ -32,8 +32,8 @@ def seen_of(prior: Denoiser, private: Batch, *, mechanism: Mechanism | None = No
     client, state = mechanism or gl.FedSGD(), state_of(TwoTwins)
     update = client.sample(state, private, generator=stream(0))
     return gl.observe(
-        state, update=update.values, data=SPEC, batch_size=len(private), mechanism=client, kind=client.kind,
-        labels=private.labels, prior=prior,
+        state, update=update.values, data=SPEC, batch_size=len(private), mechanism=client,
+        kind=client.kind, labels=private.labels, prior=prior,
     )  # fmt: skip
 
 
@@ -78,7 +78,8 @@ def test_a_client_of_many_steps_meets_the_whole_batch(prior: Denoiser) -> None:
     """The picture is shown once where the client averages, else as often as the batch is long."""
     private = batch_of(4, seed=3)
     local = FedAvg(learning_rate=0.1, epochs=2, minibatch_size=2, order="sequential")
-    for mechanism, rows in ((gl.FedSGD(), 1), (local, 4)):
+    noisy = defenses.build("gaussian-noise:std=0.1")(gl.FedSGD())
+    for mechanism, rows in ((gl.FedSGD(), 1), (noisy, 1), (local, 4)):
         seen = seen_of(prior, private, mechanism=mechanism)
         objective = UserLevelDiffusion().compose([seen])
         start = objective.unknown.start(stream(1), restarts=2)

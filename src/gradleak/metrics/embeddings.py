@@ -31,7 +31,7 @@ def fisherfaces(public: Batch, *, dimensions: int | None = None) -> Callable[[Te
     Source: Belhumeur, Hespanha and Kriegman, PAMI 1997.
     """
     rows, people = public.inputs.detach().cpu().double().flatten(1), public.classes.cpu()
-    known = people.unique()
+    known = torch.unique(people)
     spare = len(rows) - len(known)
     if len(known) < 2 or spare < 1:
         raise InvalidInput(
@@ -53,7 +53,7 @@ def fisherfaces(public: Batch, *, dimensions: int | None = None) -> Callable[[Te
     whiten = vectors / values.sqrt()
     kept = min(len(known) - 1, count, dimensions or len(known))
     _, _, best = torch.linalg.svd((means - means.mean(0)) @ whiten, full_matrices=False)
-    directions = axes.T @ whiten @ best[:kept].T
+    directions: Tensor = axes.T @ whiten @ best[:kept].T
 
     def embed(inputs: Tensor) -> Tensor:
         return (inputs.detach().cpu().double().flatten(1) - centre) @ directions

@@ -137,7 +137,7 @@ def attribute_inference(
         chance: of a guess that knows what the attacker is told anyway.
         confidence: of the intervals.
     """
-    if len(attributes.unique()) < 2:
+    if len(torch.unique(attributes)) < 2:
         raise InvalidInput("all users share their attribute: expected at least two attributes")
     finite = claims.flatten(1).isfinite().all(1)
     found = classify(claims.nan_to_num(0.0, 0.0, 0.0))
@@ -164,12 +164,12 @@ def _rate(
         p=sign_test(own, control),
         chance=chance,
         claims=len(users),
-        users=len(users.unique()),
+        users=len(torch.unique(users)),
     )
 
 
 def _by_user(hits: Tensor, users: Tensor) -> list[list[float]]:
-    return [hits[users == user].double().tolist() for user in users.unique()]
+    return [hits[users == user].double().tolist() for user in torch.unique(users)]
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from gradleak.attacks.parts.search import Search, adam, warm_cosine
 from gradleak.attacks.parts.unknowns import Images, Variables
 from gradleak.attacks.recipe import Recipe
 from gradleak.denoising import ddim
-from gradleak.errors import InvalidInput, NotApplicable
+from gradleak.errors import IntractableLikelihood, InvalidInput, NotApplicable
 from gradleak.mechanisms import FedSGD
 from gradleak.priors import Denoiser
 from gradleak.seeding import normal
@@ -240,5 +240,10 @@ class _Representative(Images):
 
 
 def _averages(mechanism: Mechanism) -> bool:
-    """Whether a client does to one example what it does to many equal ones."""
+    """Whether a client does to one example what it does to many equal ones, but for noise."""
+    if not mechanism.deterministic:
+        try:
+            mechanism = mechanism.likelihood(batch_size=1).centre
+        except IntractableLikelihood:
+            return False
     return isinstance(mechanism, FedSGD) and mechanism.batch_norm == "eval"
