@@ -48,6 +48,7 @@ ENOUGH = {
     "rog": {"steps": 300, "factor": 1},
     "latent-inversion": {"steps": 600, "total_variation": 1e-4},
     "sme": {"steps": 300},
+    "user-level-diffusion": {"steps": 300, "prior_weight": 1e-3},
 }
 """Settings that suffice for one digit through a small network, where cheap ones would not."""
 
@@ -57,6 +58,7 @@ PRIORS = {
     "gi-pip": "autoencoder:steps=300,hidden=64,code=16",
     "gradient-guided-diffusion": "diffusion:steps=150,width=8,timesteps=50,averaging=0.95",
     "guided-sampling": "diffusion:steps=150,width=8,timesteps=50,averaging=0.95",
+    "user-level-diffusion": "diffusion:steps=100,batch_size=16,width=8",
 }
 """Small ones of what an attack needs, trained on the public half of the digits in a moment."""
 

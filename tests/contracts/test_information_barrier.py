@@ -123,7 +123,10 @@ def assert_blind(
 @pytest.mark.parametrize("identifier", ATTACKS)
 def test_equal_observations_give_bitwise_equal_claims(identifier: str) -> None:
     needed = Fact.PRIOR in ATTACKS[identifier].about.needs
-    family = "autoencoder" if identifier == "gi-pip" else "gan"
+    family = {
+        "gi-pip": "autoencoder",
+        "user-level-diffusion": "diffusion",
+    }.get(identifier, "gan")
     attack = quick(ATTACKS[identifier])
     assert_blind(attack, two_worlds(attack, prior=SMALL_PRIORS[family] if needed else None))
 

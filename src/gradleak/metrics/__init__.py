@@ -21,6 +21,7 @@ from gradleak.metrics.bounds import (
     van_trees_floor,
 )
 from gradleak.metrics.distributed_privacy import distributed_epsilon
+from gradleak.metrics.embeddings import classifier, features, fisherfaces
 from gradleak.metrics.guessing import best_guess
 from gradleak.metrics.identify import SAME, identified
 from gradleak.metrics.image import METRICS, PSNR_CEILING_DB, Metric, mse, psnr_db, ssim
@@ -40,18 +41,34 @@ from gradleak.metrics.statistics import (
     sign_test,
     wilson,
 )
+from gradleak.metrics.users import (
+    Classify,
+    Embedding,
+    UserRate,
+    attribute_inference,
+    gallery,
+    majority,
+    ranks,
+    reidentification,
+    similarity,
+)
 
 __all__ = [
     "METRICS",
     "MISSING",
     "PSNR_CEILING_DB",
     "SAME",
+    "Classify",
+    "Embedding",
     "Floor",
     "Interval",
     "Metric",
+    "UserRate",
     "align",
+    "attribute_inference",
     "baselines",
     "best_guess",
+    "classifier",
     "clopper_pearson",
     "clustered_mean",
     "clustered_rate",
@@ -63,6 +80,9 @@ __all__ = [
     "epsilon_curve",
     "excess_risk",
     "excess_risk_interval",
+    "features",
+    "fisherfaces",
+    "gallery",
     "gaussian_ceiling",
     "gaussian_information",
     "identified",
@@ -72,6 +92,7 @@ __all__ = [
     "jacobian",
     "label_accuracy",
     "laplace_information",
+    "majority",
     "matched",
     "mean_at_most",
     "median_interval",
@@ -79,9 +100,12 @@ __all__ = [
     "paired_difference",
     "posterior_trace",
     "psnr_db",
+    "ranks",
     "recoverable_dimensions",
+    "reidentification",
     "score",
     "sign_test",
+    "similarity",
     "ssim",
     "update_map",
     "van_trees_floor",
