@@ -21,6 +21,7 @@ from gradleak.metrics.bounds import (
     van_trees_floor,
 )
 from gradleak.metrics.distributed_privacy import distributed_epsilon
+from gradleak.metrics.frechet import frechet_distance
 from gradleak.metrics.guessing import best_guess
 from gradleak.metrics.identify import SAME, identified
 from gradleak.metrics.image import METRICS, PSNR_CEILING_DB, Metric, mse, psnr_db, ssim
@@ -63,6 +64,7 @@ __all__ = [
     "epsilon_curve",
     "excess_risk",
     "excess_risk_interval",
+    "frechet_distance",
     "gaussian_ceiling",
     "gaussian_information",
     "identified",
