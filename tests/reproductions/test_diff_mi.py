@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from gradleak import data
-from gradleak.attacks.inversion import DiffMI
+from gradleak.attacks.inversion import DiffMI, PixelAscent
+from gradleak.priors import diffusion
 from gradleak.reproductions import diff_mi
 from gradleak.reproductions.diff_mi import ATTACK, PIXELS, PRIVATE, UNTRAINED, DiffMITable, _Size
 from gradleak.reproductions.reproduction import Request
@@ -26,6 +28,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diff_mi, "available", lambda name, data_dir: ("digits", digits))
     size = _Size(8, 1, 3, 30, 100, _TINY, gan=0)
     monkeypatch.setitem(diff_mi._SIZES, "quick", size)
+    monkeypatch.setattr(diff_mi, "PixelAscent", partial(PixelAscent, steps=3))
+    monkeypatch.setattr(diffusion, "_SAMPLING", 3)
 
 
 def test_every_line_is_judged_by_class_and_the_report_is_written(

@@ -81,7 +81,7 @@ class DiffMI:
         tuning_times: steps of the sampler while tuning (10, of DPM-Solver++).
         tuning_copies: augmented copies of every estimate.
         enough: accuracy on its own samples at which tuning stops.
-        guidance: w of (1 + w) · conditional − w · free.
+        guidance: w of (1 + w) · conditional − w · free (3; how it is counted there was not read).
         k: other classes in the margin (20 of 300).
         alpha: weight of the features.
         steps: of the search.
