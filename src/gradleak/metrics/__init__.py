@@ -22,6 +22,7 @@ from gradleak.metrics.bounds import (
 )
 from gradleak.metrics.distributed_privacy import distributed_epsilon
 from gradleak.metrics.embeddings import classifier, features, fisherfaces
+from gradleak.metrics.frechet import frechet_distance
 from gradleak.metrics.guessing import best_guess
 from gradleak.metrics.identify import SAME, identified
 from gradleak.metrics.image import METRICS, PSNR_CEILING_DB, Metric, mse, psnr_db, ssim
@@ -82,6 +83,7 @@ __all__ = [
     "excess_risk_interval",
     "features",
     "fisherfaces",
+    "frechet_distance",
     "gallery",
     "gaussian_ceiling",
     "gaussian_information",
