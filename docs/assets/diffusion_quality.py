@@ -31,13 +31,13 @@ from gradleak.metrics.statistics import clustered_mean
 from gradleak.run.trial import divide
 from gradleak.types import Fact, ModelState
 
-RATE, MINIBATCH, STEPS = 0.02, 4, 4
+RATE, MINIBATCH, STEPS = 0.005, 4, 4
 COMMON = TrainSettings(
     data="mnist",
     model="unet",
     mechanism=f"denoising-fedavg:learning_rate={RATE},minibatch_size={MINIBATCH}",
     clients=10,
-    rounds=5,
+    rounds=4,
     batch_size=MINIBATCH * STEPS,
     test_examples=200,
     samples=64,
@@ -45,12 +45,12 @@ COMMON = TrainSettings(
 ROWS = {
     "none": ("none", "none"),
     "noise": ("gaussian-noise:std=0.003", "none"),
-    "noise-high": ("gaussian-noise:std=0.01", "none"),
-    "dp": ("dp-sgd:norm=0.1,noise_multiplier=1", "none"),
+    "noise-high": ("gaussian-noise:std=0.03", "none"),
+    "dp": ("dp-sgd:norm=0.01,noise_multiplier=1", "none"),
     "top-k": ("top-k:fraction=0.01", "none"),
     "time": ("partial-sharing:withheld=time_embedding/time,frozen=true", "none"),
-    "clip": ("clip:norm=0.02", "none"),
-    "dp-weak": ("dp-sgd:norm=0.1,noise_multiplier=0.03", "none"),
+    "clip": ("clip:norm=0.005", "none"),
+    "dp-weak": ("dp-sgd:norm=0.01,noise_multiplier=0.3", "none"),
     "noise-low": ("gaussian-noise:std=0.001", "none"),
     "secagg": ("none", "secagg"),
 }

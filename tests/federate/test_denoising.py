@@ -13,17 +13,18 @@ pytest.importorskip("flwr")
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import mse_loss, normalize, silu
 
 from gradleak import models
 from gradleak.cli import run
+from gradleak.defenses import undefended
 from gradleak.denoising import UNet
 from gradleak.errors import InvalidInput
 from gradleak.federate.federation import federation
 from gradleak.federate.grid import FIRST_NODE
 from gradleak.federate.settings import TrainSettings
 from gradleak.federate.training import train
-from gradleak.mechanisms import Denoising
+from gradleak.mechanisms import Denoising, Draws
 from gradleak.models import MODELS, ModelAbout
 from gradleak.run.recordings import read_exchange, read_recording
 
@@ -206,7 +207,7 @@ def test_a_recorded_update_tells_the_client_s_time_and_is_its_gradient(tmp_path:
         batch = made.batch(client, 1)
         _, noise, times = plain(settings, client, 1)
         assert told(made.initial.model, update["time_embedding.linear_1.weight"]) == int(times)
-        known = dataclasses.replace(core, draws=_draws(noise, times))
+        known = dataclasses.replace(core, draws=Draws(times, noise))
         want = known.mean(state, batch).values
         for name, value in update.items():
             torch.testing.assert_close(value, want[name], atol=1e-6, rtol=1e-4)
@@ -214,10 +215,29 @@ def test_a_recorded_update_tells_the_client_s_time_and_is_its_gradient(tmp_path:
         assert not torch.allclose(update["last.weight"], other["last.weight"], atol=1e-3)
 
 
-def _draws(noise: Tensor, times: Tensor) -> Any:
-    from gradleak.mechanisms import Draws
-
-    return Draws(times, noise)
+@pytest.mark.parametrize(
+    ("withheld", "tells"), [("time_embedding", True), ("time_embedding/time", False)]
+)
+def test_blocks_tell_the_time_unless_they_are_kept_at_home_as_well(
+    withheld: str, tells: bool
+) -> None:
+    """The gradient of a block's time layer is δ eᵀ, e the embedding of t: 8 of 8 times, or none."""
+    made = federation(with_(defense=f"partial-sharing:withheld={withheld}", batch_size=1))
+    network = UNet(1, width=16, multipliers=(1,))
+    network.load_state_dict(dict(made.initial.params))
+    with torch.no_grad():
+        embedded = normalize(silu(network.time_embedding(torch.arange(50))), dim=1)
+    for server_round in range(1, 9):
+        batch = made.batch(0, server_round)
+        client = made.client_of(0, server_round, batch)
+        update = client.sample(made.initial, batch, generator=torch.Generator().manual_seed(0))
+        gradient = update.values["middle.time.weight"]
+        if not tells:
+            assert not gradient.any()
+            continue
+        found = (embedded @ torch.linalg.svd(gradient).Vh[0]).abs().argmax()
+        core = undefended(client)
+        assert int(found) == int(core.draws.times)  # type: ignore[attr-defined]
 
 
 def told(network: nn.Module, gradient: Tensor) -> int:
