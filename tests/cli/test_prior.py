@@ -10,15 +10,17 @@ import torch
 from PIL import Image
 
 from gradleak import data, priors
-from gradleak.cli.app import DONE, INVALID, run
+from gradleak.cli.app import DONE, INVALID, NETWORKS, run
 from gradleak.errors import InvalidInput
 from gradleak.run.beliefs import fitted
+from gradleak.run.prior_training import TRAINABLE
 from gradleak.run.trial import divide
 from tests.laws.small import SMALL_PRIORS
 
 
 def train(out: Path, *more: str, name: str = "gan") -> int:
     command = ["prior", "train", SMALL_PRIORS[name], "--data", "digits", "--quiet"]
+    command += ["--samples", "0"] * ("--samples" not in more)
     return run([*command, "--out", str(out), *more])
 
 
@@ -39,6 +41,34 @@ def test_weights_card_and_samples(
     assert not out.with_suffix(".training").exists()
     assert train(out, name=name) == INVALID
     assert "exists: expected a new file" in capsys.readouterr().err
+
+
+def test_a_score_is_put_on_the_card_then_or_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of another half are told from those of this one."""
+    monkeypatch.setattr("gradleak.run.sample_quality._STEPS", 20)
+    out = tmp_path / "prior.safetensors"
+    assert train(out, "--samples", "40", name="gan") == DONE
+    card = out.with_suffix(".md")
+    with_score = card.read_text()
+    assert "of 40 samples from 859\n  pictures that it was not trained on" in with_score
+    card.unlink()
+    score = ["prior", "score", str(out), "--data", "digits", "--samples", "40"]
+    assert run(score) == DONE
+    assert card.read_text() == with_score
+    capsys.readouterr()
+    for words, *more in (
+        ("was not trained on the public half of digits with --seed 1", "--seed", "1"),
+        ("too few pictures for a score from 890 samples", "--samples", "890"),
+        ("with 0 samples: expected a generator", "--samples", "0"),
+    ):
+        assert run([*score, *more]) == INVALID
+        assert words in capsys.readouterr().err
+
+
+def test_the_help_names_what_is_trained() -> None:
+    assert set(NETWORKS) == set(TRAINABLE)
 
 
 def test_the_list_names_families_and_trained_priors(capsys: pytest.CaptureFixture[str]) -> None:

@@ -252,6 +252,15 @@ def test_partial_sharing_withholds_layers_by_place_or_name(withheld: str, names:
     assert all(torch.equal(sent[k], v) for k, v in CLEAN.items() if k not in names)
 
 
+def test_partial_sharing_finds_layers_inside_others() -> None:
+    """A denoiser's time layers stand in every block; a full name goes before what is inside."""
+    names = ["time.weight", "down.0.time.weight", "up.1.time.bias", "up.1.times.bias", "last.bias"]
+    inside = [n for n in names if n != "time.weight"]
+    assert PartialSharing("time").hidden(names) == {"time.weight"}
+    assert PartialSharing("time").hidden(inside) == {"down.0.time.weight", "up.1.time.bias"}
+    assert PartialSharing("up/last").hidden(names) == set(names[2:])
+
+
 def test_what_is_withheld_tells_nothing() -> None:
     law = NOISES["gaussian-noise"][1]
     u, found = drawn("gaussian-noise:std=0.03+partial-sharing:withheld=head")

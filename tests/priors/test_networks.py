@@ -56,6 +56,27 @@ def test_a_training_that_is_killed_ends_where_an_unbroken_one_does(
     assert priors.digest(damaged) == priors.digest(resumed)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", SMALL_PRIORS)
+def test_a_training_goes_on_with_another_device(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun on CUDA and ended on the CPU: what the CPU finds, but for rounding."""
+    monkeypatch.setattr("gradleak.priors.network._SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    steps = family(name).steps
+
+    def killed(done: int, total: int) -> None:
+        if done == steps // 2:
+            raise KeyboardInterrupt
+
+    kept = {"seed": 0, "checkpoint": tmp_path / "training"}
+    with pytest.raises(KeyboardInterrupt):
+        train(family(name), PUBLIC, SPEC, **kept, progress=killed, device="cuda")
+    found, want = train(family(name), PUBLIC, SPEC, **kept).weights, trained(name).weights
+    for key, value in want.items():
+        torch.testing.assert_close(found[key], value, atol=1e-3, rtol=1e-3)
+
+
 def test_training_leaves_the_global_generator_alone() -> None:
     before = torch.random.get_rng_state()
     trained("gan")

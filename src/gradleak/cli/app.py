@@ -46,6 +46,8 @@ _COMMANDS = ("audit", "attack", "inspect", "list", "prior", "report", "reproduce
 
 _SCENARIO, _ATTACKER, _EFFORT, _OUTPUT = "What is audited", "Who attacks", "Effort", "Output"
 _TRAINED = "What is trained"
+NETWORKS = ("autoencoder", "gan", "diffusion")
+"""Priors that `prior train` trains; written down, for importing them takes seconds."""
 
 
 def _option(text: str, panel: str, *names: str, metavar: str | None = None) -> Any:
@@ -146,6 +148,9 @@ Clients = Annotated[int | None, _option("clients that the targets come from [one
 Seed = Annotated[int | None, _option("every random draw derives from it [0]", _EFFORT)]
 Budget = Annotated[str | None, _option("quick, standard or thorough [quick]", _EFFORT)]
 Device = Annotated[str | None, _option("auto, cpu or cuda [auto]", _EFFORT)]
+Samples = Annotated[
+    int | None, _option("pictures drawn to score a generator, 0 for no score [256]", _EFFORT)
+]
 Workers = Annotated[
     int | None, _option("worker processes; 0 uses this process [one per core]", _EFFORT)
 ]
@@ -384,7 +389,14 @@ def train_command(
     model: Model = None,
     mechanism: Annotated[
         str | None,
-        _option("fedsgd, or fedavg:epochs=1,minibatch_size=32,... [fedsgd]", _TRAINED),
+        _option(
+            "fedsgd, or fedavg:epochs=1,minibatch_size=32,...; denoising or denoising-fedavg:... "
+            "where --model is a denoiser [fedsgd]",
+            _TRAINED,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, _option("safetensors file to begin with [drawn by the seed]", _TRAINED)
     ] = None,
     defense: Annotated[
         str | None, _option("protections of every client, ID:field=value,... [none]", _TRAINED)
@@ -427,6 +439,10 @@ def train_command(
     test_examples: Annotated[
         int | None, _option("public examples that every round is tested on [1000]", _EFFORT)
     ] = None,
+    samples: Annotated[
+        int | None,
+        _option("images a denoiser draws in the end, compared with public ones [256]", _EFFORT),
+    ] = None,
     timeout: Annotated[
         float | None, _option("seconds that a round waits for its clients [3600]", _EFFORT)
     ] = None,
@@ -442,7 +458,7 @@ def train_command(
     ] = "gradleak-training",
     quiet: Quiet = False,
 ) -> None:
-    """Train federated clients under a protection: accuracy, time and bytes of every round."""
+    """Train federated clients under a protection: accuracy or loss, time and bytes of a round."""
     given = _given(locals())
     for name in ("engine", "record", "out", "quiet"):
         given.pop(name, None)
@@ -471,7 +487,7 @@ def train_command(
 @prior_app.command("train")
 def prior_train(
     identifier: Annotated[
-        str, typer.Argument(metavar="ID", help="gan or autoencoder, ID:field=value,...")
+        str, typer.Argument(metavar="ID", help=f"{', '.join(NETWORKS)}; ID:field=value,...")
     ],
     data: Data = None,
     data_dir: DataDir = None,
@@ -485,11 +501,13 @@ def prior_train(
         str | None,
         _option("safetensors file; a card and samples are written beside it [ID-DATA]", _OUTPUT),
     ] = None,
+    device: Device = None,
+    samples: Samples = None,
     quiet: Quiet = False,
 ) -> None:
     """Train a prior on the public half of a data set; the same command resumes."""
     from gradleak.cli.progress import Bar
-    from gradleak.run.prior_training import train_prior
+    from gradleak.run.prior_training import SAMPLES, train_prior
 
     name = data or "mnist-5k"
     stem = f"{identifier.partition(':')[0]}-{Path(name.partition(':')[0]).stem}.safetensors"
@@ -503,9 +521,29 @@ def prior_train(
             seed=seed,
             out=target,
             progress=None if watcher is None else watcher.running,
+            device=device or "auto",
+            samples=SAMPLES if samples is None else samples,
         )
     for suffix in (".safetensors", ".md", ".png"):
         typer.echo(target.with_suffix(suffix))
+
+
+@prior_app.command("score")
+def prior_score(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a generator, trained before")],
+    data: Data = None,
+    data_dir: DataDir = None,
+    seed: Annotated[int, _option("that it was trained with [0]", _EFFORT)] = 0,
+    samples: Samples = None,
+) -> None:
+    """Score a trained generator's samples against unseen pictures, and write its card anew."""
+    from gradleak.run.prior_training import SAMPLES, score_prior
+
+    count = SAMPLES if samples is None else samples
+    name = data or "mnist-5k"
+    score = score_prior(file, data=name, data_dir=data_dir, seed=seed, samples=count)
+    typer.echo(f"Fréchet distance {score.frechet:.4g}, of real pictures {score.floor:.4g}")
+    typer.echo(file.with_suffix(".md"))
 
 
 @prior_app.command("list")

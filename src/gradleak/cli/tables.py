@@ -63,7 +63,15 @@ def print_training(training: Mapping[str, Any], directory: Path) -> None:
     table.add_row("protection", settings["defense"])
     table.add_row("aggregation", settings.get("aggregation", "none"))
     table.add_row("clients", f"{settings['clients']}, {settings['partition']}")
-    table.add_row("accuracy", f"{training['accuracy']:.2%} of {training['test_examples']} examples")
+    if training["accuracy"] is None:
+        loss, examples = training["test_loss"], training["test_examples"]
+        table.add_row("denoising loss", f"{loss:.4g} on {examples} examples")
+        if (quality := training["sample_quality"]) is not None:
+            apart = f"{quality['frechet']:.3g} from {quality['samples']} samples to public images"
+            table.add_row("Fréchet distance", f"{apart}, {quality['floor']:.2g} among those")
+    else:
+        examples = training["test_examples"]
+        table.add_row("accuracy", f"{training['accuracy']:.2%} of {examples} examples")
     table.add_row("rounds", str(len(rounds)))
     for name in ("seconds", "client_seconds", "server_seconds", "aggregation_seconds"):
         if name in told:

@@ -15,6 +15,7 @@ from gradleak.data.files import data_directory
 from gradleak.data.folder import read_folder
 from gradleak.data.hub import read_hub
 from gradleak.data.idx import fashion_mnist, mnist
+from gradleak.data.lfw import lfw, lfw_color
 from gradleak.data.olivetti import olivetti
 from gradleak.data.records import Dataset, Split, split
 from gradleak.errors import InvalidInput, nearest
@@ -46,6 +47,8 @@ DATASETS: dict[str, DatasetAbout] = {
         DatasetAbout("cifar10", "CIFAR-10, lossless", RESEARCH, False, (3, 32, 32), 10),
         DatasetAbout("cifar10-jpeg", "CIFAR-10 from JPEG", RESEARCH, False, (3, 32, 32), 10),
         DatasetAbout("olivetti", "Olivetti faces", RESEARCH, False, (1, 64, 64), 40),
+        DatasetAbout("lfw", "Faces in the wild, grey", RESEARCH, False, (1, 64, 64), 50),
+        DatasetAbout("lfw-color", "Faces in the wild", RESEARCH, False, (3, 64, 64), 12),
         DatasetAbout("pneumoniamnist", "Chest X-rays", "CC BY 4.0", False, (1, 28, 28), 2),
     )
 }
@@ -56,6 +59,8 @@ READERS: dict[str, Callable[[Path], Dataset]] = {
     "cifar10": cifar10,
     "cifar10-jpeg": cifar10_jpeg,
     "olivetti": olivetti,
+    "lfw": lfw,
+    "lfw-color": lfw_color,
     "pneumoniamnist": pneumoniamnist,
 }
 

@@ -23,7 +23,10 @@ class PartialSharing:
 
     Args:
         withheld: "first:N" or "last:N" layers in the network's order (weight and bias of a layer
-            together), or names of layers or tensors joined by "/".
+            together), or names of layers or tensors joined by "/": as the network has them, else
+            of every one so called inside it. "time_embedding" keeps a denoiser's sinusoids at
+            home; "time_embedding/time" also keeps the layers that put the time into blocks, whose
+            gradients tell t as well.
         frozen: the client does not train them either, which several local steps show.
     """
 
@@ -82,7 +85,9 @@ class PartialSharing:
         return set().union(*chosen)
 
     def _named(self, wanted: str, names: Iterable[str]) -> set[str]:
-        found = {n for n in names if n == wanted or n.startswith(f"{wanted}.")}
+        found = {n for n in names if f"{n}.".startswith(f"{wanted}.")}
+        if not found:
+            found = {n for n in names if f".{wanted}." in f".{n}."}
         if not found:
             raise InvalidInput(
                 f"withheld={self.withheld}: no layer {wanted!r}, {nearest(wanted, names)}"

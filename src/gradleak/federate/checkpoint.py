@@ -26,7 +26,13 @@ from gradleak.types import ModelState
 RECORD, CHECKPOINT, MODEL = "training.json", "checkpoint.safetensors", "model.safetensors"
 SCHEMA_VERSION = 1
 
-_LATER = {"aggregation": "none", "aggregation_clip": 8.0, "aggregation_bits": 24}
+_LATER = {
+    "aggregation": "none",
+    "aggregation_clip": 8.0,
+    "aggregation_bits": 24,
+    "weights": None,
+    "samples": 256,
+}
 """Settings that records of earlier versions leave out."""
 
 
@@ -51,6 +57,8 @@ class Checkpoint:
             "rounds": [],
             "accuracy": None,
             "test_examples": None,
+            "test_loss": None,
+            "sample_quality": None,
             "status": "interrupted",
             "reason": None,
         }
@@ -102,6 +110,7 @@ class Checkpoint:
                 "choose another --out"
             )
         self.record |= {k: found[k] for k in ("rounds", "accuracy", "test_examples", "status")}
+        self.record |= {k: found.get(k) for k in ("test_loss", "sample_quality")}
         whole = 0
         if (self.directory / CHECKPOINT).exists():
             try:

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import Tensor
 
-from gradleak.defenses import advanced, rebased, undefended
+from gradleak.defenses import advanced
 from gradleak.errors import InvalidInput
 from gradleak.federate.federation import Federation, federation
 from gradleak.federate.records import (
@@ -100,10 +100,7 @@ def _round(
     """One round's protected update and its number of examples; the memory stays in the context."""
     server_round = int(config[ROUND])
     batch = made.batch(client, server_round)
-    mechanism = made.mechanism
-    core = undefended(mechanism)
-    if (minibatch := getattr(core, "minibatch_size", None)) is not None:
-        mechanism = rebased(mechanism, minibatch_size=min(minibatch, len(batch)))
+    mechanism = made.client_of(client, server_round, batch)
     memory: Mapping[str, Tensor] = tensors_of(context.state.get(MEMORY, ArrayRecord()))
     with torch.no_grad():
         draws = _draws(made.settings, client, server_round)

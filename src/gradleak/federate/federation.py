@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,23 +11,27 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from gradleak import data, defenses, models, registry
+from gradleak import data, defenses, models
 from gradleak.data import Dataset
-from gradleak.defenses import advanced, undefended
+from gradleak.defenses import advanced, rebased, undefended
 from gradleak.errors import InvalidInput, NotApplicable
 from gradleak.federate.records import stored
 from gradleak.federate.secure_sum import SecureSum, secure_sum
-from gradleak.federate.settings import MECHANISMS, TrainSettings
+from gradleak.federate.settings import TrainSettings
 from gradleak.federate.topology import Edges, Star
-from gradleak.mechanisms import FedAvg, FedSGD
-from gradleak.mechanisms.client import template
+from gradleak.mechanisms import Denoising, DenoisingAvg, FedAvg, FedSGD
+from gradleak.mechanisms.client import Call, template
+from gradleak.mechanisms.denoising import Diffusing, Draws, carry
 from gradleak.run.jobs import derive
 from gradleak.run.replies import told
-from gradleak.seeding import child
+from gradleak.run.sample_quality import SampleQuality, drawn_images, sample_quality
+from gradleak.seeding import child, normal
 from gradleak.types import Batch, Mechanism, ModelState
 
 FINAL_EXAMPLES = 10_000
 """Most public examples of the final test; none of them is one of a round's."""
+FINAL_DENOISED = 1_000
+"""The same of a denoiser, a pass of which costs a hundred times a small classifier's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,27 +80,91 @@ class Federation:
         draw = self.stream(f"client/{client}/round/{server_round}")
         return self.dataset.batch(part[torch.randperm(len(part), generator=draw)[:size]])
 
-    def test(self, state: ModelState, *, final: bool = False) -> tuple[float, float, int]:
-        """Accuracy, mean loss in nats and number of examples, on public examples.
+    def client_of(self, client: int, server_round: int, batch: Batch) -> Mechanism:
+        """The protected mechanism of a client in a round.
 
-        Normalises as the clients do. Those of the final test are others than those of the rounds.
+        Noise and times of a denoiser's client follow the seed, as its examples do. What
+        protections draw does not.
+        """
+        core = undefended(self.mechanism)
+        mechanism = self.mechanism
+        if (minibatch := getattr(core, "minibatch_size", None)) is not None:
+            mechanism = rebased(mechanism, minibatch_size=min(minibatch, len(batch)))
+        if isinstance(core, Diffusing):
+            client_core = undefended(mechanism)
+            assert isinstance(client_core, Diffusing)
+            draw = self.stream(f"client/{client}/round/{server_round}/denoising")
+            mechanism = rebased(mechanism, draws=client_core.draw(batch, generator=draw))
+        return mechanism
+
+    def test(self, state: ModelState, *, final: bool = False) -> tuple[float | None, float, int]:
+        """Accuracy, mean loss and number of examples, on public examples.
+
+        The loss is in nats; of a denoiser, which has no accuracy, it is the clients' own, at times
+        spread evenly and noise that every round meets again. Normalises as the clients do. Those
+        of the final test are others than those of the rounds.
         """
         rounds = self.public[: self.settings.test_examples]
-        rest = self.public[len(rounds) :][:FINAL_EXAMPLES]
-        chosen = rest if final and len(rest) else rounds
         core = undefended(self.mechanism)
         assert isinstance(core, FedSGD | FedAvg)
+        most = FINAL_DENOISED if isinstance(core, Diffusing) else FINAL_EXAMPLES
+        rest = self.public[len(rounds) :][:most]
+        chosen = rest if final and len(rest) else rounds
         network = template(state.model, core.batch_norm)
+
+        def called(*given: Tensor) -> Tensor:
+            found: Tensor = functional_call(
+                network, {**state.params, **state.buffers}, given, strict=False
+            )
+            return found
+
         right = total = 0.0
         with torch.no_grad():
+            if isinstance(core, Diffusing):
+                return None, self._denoised(core, called, chosen), len(chosen)
             for indices in torch.split(chosen, 500):
                 batch = self.dataset.batch(indices)
-                logits = functional_call(
-                    network, {**state.params, **state.buffers}, (batch.inputs,), strict=False
-                )
+                logits = called(batch.inputs)
                 right += float((logits.argmax(1) == batch.labels).sum())
                 total += float(torch.nn.functional.cross_entropy(logits, batch.labels)) * len(batch)
         return right / len(chosen), total / len(chosen), len(chosen)
+
+    def _denoised(self, core: Diffusing, network: Call, chosen: Tensor) -> float:
+        """Mean denoising loss of public examples."""
+        stream, count = self.stream("test"), len(chosen)
+        times = (torch.arange(count) * core.timesteps) // count
+        times = times[torch.randperm(count, generator=stream)]
+        if core.timestep is not None:
+            times = torch.full((count,), core.timestep)
+        total = 0.0
+        for places in torch.split(torch.arange(count), 500):
+            batch = self.dataset.batch(chosen[places])
+            noise = normal(batch.inputs.shape, generator=stream, dtype=batch.inputs.dtype)
+            batch = carry(batch, Draws(times[places][:, None], noise[:, None]))
+            total += float(core.objective(network, batch)) * len(batch)
+        return total / count
+
+    def quality(self, state: ModelState) -> SampleQuality | None:
+        """How the images that a denoiser draws compare with public ones; None of a classifier."""
+        core = undefended(self.mechanism)
+        if not isinstance(core, Diffusing) or not self.settings.samples:
+            return None
+        network = template(state.model, getattr(core, "batch_norm", "eval"))
+
+        def called(x: Tensor, times: Tensor) -> Tensor:
+            found: Tensor = functional_call(
+                network, {**state.params, **state.buffers}, (x, times), strict=False
+            )
+            return found
+
+        drawn = drawn_images(
+            core.noise_schedule,
+            called,
+            self.dataset.spec,
+            count=self.settings.samples,
+            generator=self.stream("samples"),
+        )
+        return sample_quality(drawn, self.dataset, self.public, seed=self.settings.seed)
 
 
 @lru_cache(maxsize=2)
@@ -121,11 +189,14 @@ def federation(settings: TrainSettings) -> Federation:
     parts = settings.division(
         dataset.labels[halves.clients], clients=settings.clients, generator=draw
     )
-    core = registry.build("mechanism", settings.mechanism, MECHANISMS)
+    core = settings.client
+    if isinstance(core, Denoising | DenoisingAvg):
+        core = replace(core, bounds=dataset.spec.bounds)
     client = defenses.build(settings.defense)(core)
-    initial = ModelState.of(
-        models.build(settings.model, dataset.spec, seed=derive(settings.seed, "model"))
-    )
+    network = models.build(settings.model, dataset.spec, seed=derive(settings.seed, "model"))
+    initial = ModelState.of(network)
+    if settings.weights is not None:
+        initial = models.load_weights(Path(settings.weights), network)
     most = max(map(len, parts))
     summed = None
     if settings.aggregation != "none":

@@ -8,16 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gradleak import registry
+from gradleak import models, registry
 from gradleak.errors import InvalidInput, nearest
 from gradleak.federate.partition import PARTITIONS, Partition
 from gradleak.federate.schedule import SCHEDULES, Schedule
 from gradleak.federate.topology import TOPOLOGIES, Gossip, Star
-from gradleak.mechanisms import FedAvg, FedSGD
+from gradleak.mechanisms import Denoising, DenoisingAvg, FedAvg, FedSGD
 from gradleak.mechanisms.client import check_positive
+from gradleak.mechanisms.denoising import Diffusing
 from gradleak.run.settings import option
 
-MECHANISMS: Mapping[str, type[FedSGD] | type[FedAvg]] = {m.id: m for m in (FedSGD, FedAvg)}
+MECHANISMS: Mapping[str, type[FedSGD] | type[FedAvg]] = {
+    m.id: m for m in (FedSGD, FedAvg, Denoising, DenoisingAvg)
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,7 @@ class TrainSettings:
         data: name of a data set, or a path.
         data_dir: where downloaded data sets lie; None takes $GRADLEAK_DATA or the user cache.
         model: name of a network, or `module:factory`.
+        weights: safetensors file that training begins with; None begins with drawn ones.
         mechanism: what a client does in a round, `ID:field=value,...`.
         defense: protections of every client, `ID:field=value,...` joined by "+".
         clients: among whom the clients' half of the data is divided.
@@ -43,6 +47,7 @@ class TrainSettings:
         schedule: of the learning rate, `constant`, `step:every=,factor=` or `cosine:floor=`.
         topology: `star`, or `gossip:graph=ring|regular|complete,degree=,attacker=`.
         test_examples: public examples that every round is tested on.
+        samples: images drawn from a denoiser in the end, to compare with public ones; 0 for none.
         timeout: seconds that a round waits for its clients.
         seed: division, initial weights and the choice of clients and examples derive from it.
         draws: seed of protections' draws, for tests; None leaves them to the operating system.
@@ -51,6 +56,7 @@ class TrainSettings:
     data: str = "mnist-5k"
     data_dir: str | None = None
     model: str = "lenet"
+    weights: str | None = None
     mechanism: str = "fedsgd"
     defense: str = "none"
     aggregation: str = "none"
@@ -66,6 +72,7 @@ class TrainSettings:
     schedule: str = "constant"
     topology: str = "star"
     test_examples: int = 1000
+    samples: int = 256
     timeout: float = 3600.0
     seed: int = 0
     draws: int | None = None
@@ -94,8 +101,29 @@ class TrainSettings:
                 f"--aggregation {self.aggregation} contradicts --topology {self.topology}: "
                 "neighbours see states, expected star"
             )
-        registry.build("mechanism", self.mechanism, MECHANISMS)
-        _ = self.division, self.rate, self.graph
+        if self.samples < 0 or self.samples == 1:
+            raise InvalidInput(f"--samples {self.samples}: expected at least 2 images, or 0")
+        _ = self.client, self.division, self.rate, self.graph
+
+    @property
+    def client(self) -> FedSGD | FedAvg:
+        """The mechanism that is named.
+
+        Raises:
+            InvalidInput: unknown notation, or one that trains another kind of network than `model`.
+        """
+        core = registry.build("mechanism", self.mechanism, MECHANISMS)
+        denoises = isinstance(core, Diffusing)
+        if isinstance(core, Diffusing) and core.carried:
+            raise InvalidInput(f"--mechanism {self.mechanism}: carried is no setting of a client's")
+        about = models.MODELS.get(self.model.partition("+")[0])
+        if about is not None and about.denoiser != denoises:
+            wanted = [name for name, other in models.MODELS.items() if other.denoiser == denoises]
+            raise InvalidInput(
+                f"--model {self.model} contradicts --mechanism {core.id}, which trains a "
+                f"{'denoiser' if denoises else 'classifier'}: expected one of {', '.join(wanted)}"
+            )
+        return core
 
     @property
     def division(self) -> Partition:

@@ -122,10 +122,11 @@ def server_app(
             values = tensors_of(arrays)
             accuracy, loss, _ = made.test(state_of(values, made.initial))
             entry = strategy.entry | {"accuracy": accuracy, "loss": loss}
+            told = {"loss": loss} if accuracy is None else {"accuracy": accuracy, "loss": loss}
             tensors = {f"state/{k}": v for k, v in values.items()} | strategy.tensors()
             kept.keep(entry, tensors | _memories(grid))
             watcher.running(len(kept.rounds), total=settings.rounds, resumed=done)
-            return MetricRecord({"accuracy": accuracy, "loss": loss})
+            return MetricRecord(told)
 
         try:
             strategy.start(
@@ -139,8 +140,17 @@ def server_app(
             kept.finish("stopped", _state(made, kept), reason=str(reason))
             raise
         state = _state(made, kept)
-        accuracy, _, examples = made.test(state, final=True)
-        kept.finish("done", state, accuracy=accuracy, test_examples=examples, reason=None)
+        accuracy, loss, examples = made.test(state, final=True)
+        quality = made.quality(state)
+        kept.finish(
+            "done",
+            state,
+            accuracy=accuracy,
+            test_loss=loss,
+            test_examples=examples,
+            sample_quality=None if quality is None else dataclasses.asdict(quality),
+            reason=None,
+        )
 
     return app
 

@@ -262,6 +262,7 @@ class _Denoising(Training):
         times = ((torch.arange(count) + within) * (schedule.timesteps / count)).long()
         noise = normal(clean.shape, generator=generator, dtype=clean.dtype)
         hidden = torch.rand(count, generator=generator) < _DROPPED
+        times, noise, hidden = (v.to(clean.device) for v in (times, noise, hidden))
         told = labels.masked_fill(hidden, self.data.classes) if family.conditional else None
         network, optimiser = self.modules["network"], self.optimisers["network"]
         half = family.precision == "bfloat16"
@@ -305,7 +306,7 @@ class _Seen(nn.Module):
         """Take note of a minibatch; return the steps before it."""
         done = int(self.steps)
         self.sums.index_add_(0, labels, inputs)
-        self.counts.index_add_(0, labels, torch.ones(len(labels)))
+        self.counts.index_add_(0, labels, self.counts.new_ones(len(labels)))
         self.steps += 1
         return done
 

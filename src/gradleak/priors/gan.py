@@ -201,6 +201,7 @@ class _Adversaries(Training):
         low, high = self.data.bounds
         real = (inputs - low) * (2 / (high - low)) - 1
         z = normal((len(real), self.family.latent), generator=generator, dtype=torch.float32)
+        z = z.to(inputs.device)
         draw, critic = self.modules["generator"], self.modules["critic"]
         fake = draw(z)
         doubt = F.softplus(-critic(real)).mean() + F.softplus(critic(fake.detach())).mean()

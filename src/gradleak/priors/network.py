@@ -81,6 +81,11 @@ class Training(ABC):
     modules: dict[str, nn.Module]
     optimisers: dict[str, torch.optim.Adam]
 
+    def to(self, device: torch.device | str) -> None:
+        """Move whatever steps change."""
+        for module in self.modules.values():
+            module.to(device)
+
     @abstractmethod
     def step(self, inputs: Tensor, labels: Tensor, *, generator: torch.Generator) -> float:
         """Learn from a minibatch (n, *shape) in float32 and its classes (n,); return the loss."""
@@ -134,8 +139,12 @@ def train(
     seed: int,
     checkpoint: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    device: torch.device | str = "cpu",
 ) -> Network:
     """Train a prior on public examples; a resumed training ends where an unbroken one does.
+
+    All draws are made on the CPU, so that devices share them; other devices round otherwise, and
+    some do not sum twice alike.
 
     Args:
         family: what is trained.
@@ -144,11 +153,13 @@ def train(
         seed: fixes weights, minibatches and noise.
         checkpoint: file that holds the training while it lasts.
         progress: told the steps done and all steps.
+        device: where the steps are made; a checkpoint of one goes on with another.
 
     Raises:
         Diverged: the loss is no longer finite.
     """
     training = family.begin(data, seed=seed)
+    training.to(device)
     examples = fingerprints(public.inputs, data).sort().values
     origin = hashlib.sha256(examples.numpy().tobytes()).hexdigest()
     key = f"{registry.describe(family)}/{seed}/{origin}"
@@ -160,13 +171,16 @@ def train(
         stream = child(source, f"step/{step}")
         chosen = torch.randint(len(inputs), (family.batch_size,), generator=stream)
         with torch.enable_grad():
-            loss = training.step(inputs[chosen], public.classes[chosen], generator=stream)
+            loss = training.step(
+                inputs[chosen].to(device), public.classes[chosen].to(device), generator=stream
+            )
         if not math.isfinite(loss):
             raise Diverged(f"prior {family.id!r}: loss {loss} at step {step + 1}")
         if checkpoint is not None and time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
             training.save(checkpoint, key=key, done=step + 1)
             saved = time.monotonic()
         progress(step + 1, family.steps)
+    training.to("cpu")
     found = family.fitted.of(family, data, {**training.weights(), _EXAMPLES: examples})
     assert isinstance(found, Network)
     return found

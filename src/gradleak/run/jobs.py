@@ -20,7 +20,7 @@ from gradleak.attacks.parts.objective import Engine
 from gradleak.data import Dataset, Split
 from gradleak.defenses import DEFENSES, rebased
 from gradleak.defenses import build as build_defense
-from gradleak.errors import InvalidInput
+from gradleak.errors import InvalidInput, nearest
 from gradleak.mechanisms import MECHANISMS
 from gradleak.mechanisms.client import BatchNormMode
 from gradleak.run.beliefs import Belief
@@ -287,16 +287,30 @@ def client_of(
     return build_defense(defense)(rebased(core, batch_norm=batch_norm))
 
 
+DEVICES = ("auto", "cpu", "cuda")
+
+
 def device_of(settings: AuditSettings) -> str:
     """The device a run uses.
 
     Raises:
         InvalidInput: CUDA is asked for and absent.
     """
+    return chosen_device(settings.device)
+
+
+def chosen_device(name: str) -> str:
+    """The device that "auto", "cpu" or "cuda" stands for here.
+
+    Raises:
+        InvalidInput: another word, or CUDA is asked for and absent.
+    """
+    if name not in DEVICES:
+        raise InvalidInput(f"--device {name!r}: {nearest(name, DEVICES)}")
     present = torch.cuda.is_available()
-    if settings.device == "cuda" and not present:
+    if name == "cuda" and not present:
         raise InvalidInput("--device cuda: torch finds no CUDA device here, expected cpu or auto")
-    return "cuda" if present and settings.device != "cpu" else "cpu"
+    return "cuda" if present and name != "cpu" else "cpu"
 
 
 def groups(targets: int) -> list[range]:
