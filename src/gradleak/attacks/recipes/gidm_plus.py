@@ -336,9 +336,8 @@ def denoised(prior: Denoiser, images: Tensor, unknown: Unknown) -> Tensor | None
     wanted = torch.logspace(
         math.log10(float(sigmas[0])), math.log10(float(sigmas[-1])), _LEVELS, dtype=torch.float64
     )
-    grid = sorted(
-        set(torch.searchsorted(sigmas, wanted).clamp(max=schedule.timesteps - 1).tolist())
-    )
+    index = torch.searchsorted(sigmas, wanted).clamp(max=schedule.timesteps - 1)
+    grid: Tensor = index.unique()  # type: ignore[no-untyped-call]
     found, changed = flat.clone(), False
     with torch.no_grad():
         for i, image in enumerate(flat):
