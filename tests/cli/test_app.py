@@ -117,7 +117,8 @@ def test_a_recorded_update(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    "kind", ["attacks", "defenses", "priors", "models", "data", "aggregations"]
+    "kind",
+    ["attacks", "defenses", "priors", "models", "mechanisms", "facts", "data", "aggregations"],
 )
 def test_lists(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["list", kind]) == 0
@@ -130,7 +131,7 @@ def test_lists(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     if kind == "priors":
         assert {"id", "title", "proper", "fields"} <= rows[0].keys()
         improper = [row["id"] for row in rows if not row["proper"]]
-        assert improper == ["tv", "autoencoder", "gan", *TRAINED]
+        assert improper == ["tv", "autoencoder", "gan", "diffusion", *TRAINED]
     if kind == "attacks":
         needed = {"id", "title", "paper", "link", "modalities", "needs", "server", "deviations"}
         assert all(needed <= row.keys() for row in rows)

@@ -23,6 +23,7 @@ from gradleak.data import Dataset
 from gradleak.defenses import Precode
 from gradleak.defenses.precode import precode
 from gradleak.errors import NotApplicable
+from gradleak.mechanisms import Denoising, Draws
 from gradleak.run.beliefs import fitted
 from gradleak.run.trial import divide
 from gradleak.threat import Truth
@@ -36,7 +37,7 @@ from gradleak.types import (
     Planting,
     Reconstruction,
 )
-from tests.laws.small import SMALL_PRIORS, SPEC, Normalised, stream
+from tests.laws.small import SMALL_PRIORS, SPEC, Normalised, SmallDenoiser, stream
 
 QUICK = {"steps": 4, "restarts": 1, "target": 2}
 
@@ -191,9 +192,31 @@ def test_the_search_for_private_bytes_can_succeed() -> None:
     )
 
 
+def diffusing_scenario(*facts: Fact) -> tuple[Observation, Truth]:
+    """A client of a diffusion model, at a time that an experiment fixes."""
+    data = Dataset.of("d", torch.rand((6, 1, 4, 4), generator=stream(5)), torch.arange(6) % 3)
+    threat = gl.ThreatModel(frozenset({Fact.MECHANISM, Fact.BATCH_SIZE, *facts}))
+    client = Denoising(timestep=77)
+    scenario = gl.Scenario(data, SmallDenoiser(), client, threat=threat, batch_size=2)
+    return gl.simulate(scenario, generator=stream(6))
+
+
+def test_noise_and_times_of_a_diffusion_client_stay_with_it() -> None:
+    """No tensor of a pickled observation holds them; granted, they are found."""
+    seen, truth = diffusing_scenario()
+    assert truth.draws is not None
+    assert truth.draws.noise is not None
+    assert not contains(seen, truth.draws.noise)
+    assert not contains(seen, truth.batch.inputs)
+    assert "77" not in repr(seen.mechanism)
+    seen, truth = diffusing_scenario(Fact.NOISE, Fact.TIMESTEPS)
+    assert contains(seen, truth.draws.noise)  # type: ignore[union-attr, arg-type]
+
+
 @pytest.mark.parametrize("fact", Fact)
 def test_a_fact_is_known_only_if_granted(fact: Fact) -> None:
     def known(seen: Observation) -> bool:
+        draws = getattr(seen.mechanism, "draws", None) or Draws()
         return {
             Fact.LABELS: seen.knowledge.labels is not None,
             Fact.BATCH_SIZE: seen.knowledge.batch_size is not None,
@@ -201,11 +224,14 @@ def test_a_fact_is_known_only_if_granted(fact: Fact) -> None:
             Fact.MINIBATCH_ORDER: getattr(seen.mechanism, "fixed_order", None) is not None,
             Fact.MECHANISM: True,
             Fact.PRIOR: seen.knowledge.prior is not None,
+            Fact.TIMESTEPS: draws.times is not None,
+            Fact.NOISE: draws.noise is not None,
         }[fact]
 
-    granted, truth = private_scenario(fact)
+    scenario = diffusing_scenario if fact in (Fact.TIMESTEPS, Fact.NOISE) else private_scenario
+    granted, truth = scenario(fact)
     assert known(granted)
-    assert known(private_scenario()[0]) == (fact in (Fact.MECHANISM, Fact.BATCH_SIZE))
+    assert known(scenario()[0]) == (fact in (Fact.MECHANISM, Fact.BATCH_SIZE))
     if fact is Fact.LABELS:
         assert torch.equal(granted.knowledge.labels, truth.batch.labels)  # type: ignore[arg-type]
 
