@@ -164,7 +164,7 @@ def time_inputs(state: ModelState, shape: tuple[int, ...], timesteps: int) -> di
         except (RuntimeError, ValueError):  # a network of one size alone
             probe = shape
     parts = []
-    for times in torch.arange(timesteps, device=reference.device).split(_AT_ONCE):
+    for times in torch.split(torch.arange(timesteps, device=reference.device), _AT_ONCE):
         told = entered(torch.zeros(len(times), *probe), times)
         parts.append({name: told[name].double().cpu() for name in names})
     return {name: torch.cat([part[name] for part in parts]) for name in names}
