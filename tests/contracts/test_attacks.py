@@ -14,6 +14,7 @@ from gradleak.attacks import ATTACKS
 from gradleak.data import Dataset, load, split
 from gradleak.defenses import ConvolutionalBottleneck
 from gradleak.errors import InvalidInput, NotApplicable
+from gradleak.mechanisms import Denoising
 from gradleak.models import build
 from gradleak.types import (
     Attack,
@@ -40,6 +41,7 @@ ENOUGH = {
     "idlg": {"steps": 300, "restarts": 2},
     "gradinversion": {"steps": 300, "restarts": 2},
     "gi-pip": {"steps": 300},
+    "gidm-plus": {"steps": 150, "restarts": 1, "rough": 0.0},
     "gias": {"steps": 500, "latent_share": 0.2, "restarts": 1},
     "ggl": {"steps": 600},
     "gradient-guided-diffusion": {"steps": 300},
@@ -68,6 +70,7 @@ DRAWN = {"ggl"}
 NETWORKS = {
     "april": "vit-tiny",
     "cocktail-party": "mlp",
+    "gidm-plus": "unet",
     "latent-inversion": "lenet-tiny+cvb",
     "linear-layer": "mlp",
     "lone-rows": "mlp",
@@ -77,8 +80,11 @@ NETWORKS = {
 """Networks an attack's theory asks for; any other attack meets the small sigmoid LeNet."""
 
 
-CLIENTS = {"latent-inversion": ConvolutionalBottleneck()(gl.FedSGD())}
-"""Protections an attack is made for."""
+CLIENTS = {
+    "gidm-plus": Denoising(timestep=200),
+    "latent-inversion": ConvolutionalBottleneck()(gl.FedSGD()),
+}
+"""Protections and clients an attack is made for."""
 
 ONE_EXAMPLE = {"idlg"}
 """Attacks whose theory is about a single example and that say so."""

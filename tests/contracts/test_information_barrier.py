@@ -18,6 +18,7 @@ from gradleak import priors
 from gradleak.attacks import ATTACKS
 from gradleak.attacks.active.feature_fishing import FeatureFishing
 from gradleak.attacks.active.fishing import Fishing
+from gradleak.attacks.recipes.gidm_plus import GIDMPlus
 from gradleak.attacks.recipes.latent_inversion import LatentInversion
 from gradleak.data import Dataset
 from gradleak.defenses import Precode
@@ -54,6 +55,20 @@ class Blinkered(nn.Module):
         return self.head(torch.sigmoid(self.hidden(x[..., :2].flatten(1))))
 
 
+class BlinkeredDenoiser(Blinkered):
+    """The same for a diffusion model's client: it predicts the noise of the left half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.head = nn.Linear(4, 6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor, times: Tensor) -> Tensor:  # type: ignore[override]
+        angles = times[:, None].to(x) * x.new_tensor([1.0, 0.01])
+        time = self.time(torch.cat([angles.sin(), angles.cos()], 1))
+        left = self.head(torch.sigmoid(self.hidden(x[..., :2].flatten(1)) + time))
+        return nn.functional.pad(left.view(-1, 1, 4, 2), (0, 2))
+
+
 PUBLIC = Batch(torch.rand((9, 1, 4, 4), generator=stream(7)), torch.arange(9) % 3)
 
 
@@ -76,6 +91,8 @@ def two_worlds(
         network: nn.Module = Blinkered()
         if isinstance(attack, LatentInversion):  # made for clients that draw a latent
             network, mechanism = precode(network, latent=3), Precode()(gl.FedSGD())
+        if isinstance(attack, GIDMPlus):
+            network, mechanism = BlinkeredDenoiser(), Denoising()
         state = ModelState.of(network)
     threat = gl.ThreatModel(server="malicious" if isinstance(attack, Planting) else "honest")
     granted = None

@@ -336,8 +336,8 @@ def denoised(prior: Denoiser, images: Tensor, unknown: Unknown) -> Tensor | None
     wanted = torch.logspace(
         math.log10(float(sigmas[0])), math.log10(float(sigmas[-1])), _LEVELS, dtype=torch.float64
     )
-    index = torch.searchsorted(sigmas, wanted).clamp(max=schedule.timesteps - 1)
-    grid: Tensor = index.unique()  # type: ignore[no-untyped-call]
+    nearest = torch.searchsorted(sigmas, wanted).clamp(max=schedule.timesteps - 1)
+    grid = torch.tensor(sorted(set(nearest.tolist())))
     found, changed = flat.clone(), False
     with torch.no_grad():
         for i, image in enumerate(flat):
