@@ -14,6 +14,7 @@ from gradleak.attacks import ATTACKS
 from gradleak.data import Dataset, load, split
 from gradleak.defenses import ConvolutionalBottleneck
 from gradleak.errors import InvalidInput, NotApplicable
+from gradleak.mechanisms import Denoising
 from gradleak.models import build
 from gradleak.types import (
     Attack,
@@ -28,23 +29,27 @@ from gradleak.types import (
 )
 from tests.laws.small import stream
 
-CHEAP = {"steps": 5, "restarts": 1, "target": 5}
+CHEAP = {"steps": 5, "restarts": 1, "target": 5, "latent_steps": 3, "candidates": 2}
 ENOUGH = {
     "cafe-published": {"steps": 800},
     "continuation": {"steps": 300},
     "blind-mask": {"steps": 300, "restarts": 2},
     "dlg": {"steps": 300, "restarts": 2},
+    "dlg-dm": {"steps": 60},
     "feature-fishing": {"steps": 300, "target": 5},
     "fishing": {"steps": 300, "target": 5},
     "fedavg-leakage": {"steps": 300},
     "idlg": {"steps": 300, "restarts": 2},
     "gradinversion": {"steps": 300, "restarts": 2},
     "gi-pip": {"steps": 300},
+    "gidm": {"steps": 60, "latent_steps": 3, "candidates": 2},
     "gias": {"steps": 500, "latent_share": 0.2, "restarts": 1},
     "ggl": {"steps": 600},
     "inverting-gradients": {"steps": 300},
+    "invg-dm": {"steps": 100},
     "rog": {"steps": 300, "factor": 1},
     "latent-inversion": {"steps": 600, "total_variation": 1e-4},
+    "mean-start": {"steps": 60},
     "sme": {"steps": 300},
 }
 """Settings that suffice for one digit through a small network, where cheap ones would not."""
@@ -53,6 +58,8 @@ PRIORS = {
     "gias": "gan:steps=150,channels=8,latent=16,learning_rate=0.001,averaging=0.95",
     "ggl": "gan:steps=40,channels=8,latent=4,learning_rate=0.002,averaging=0.9",
     "gi-pip": "autoencoder:steps=300,hidden=64,code=16",
+    "gidm": "diffusion:steps=30,width=8",
+    "mean-start": "gaussian",
 }
 """Small ones of what an attack needs, trained on the public half of the digits in a moment."""
 
@@ -61,6 +68,7 @@ DRAWN = {"ggl"}
 
 NETWORKS = {
     "april": "vit-tiny",
+    **dict.fromkeys(("dlg-dm", "gidm", "invg-dm", "mean-start"), "unet"),
     "cocktail-party": "mlp",
     "latent-inversion": "lenet-tiny+cvb",
     "linear-layer": "mlp",
@@ -71,8 +79,17 @@ NETWORKS = {
 """Networks an attack's theory asks for; any other attack meets the small sigmoid LeNet."""
 
 
-CLIENTS = {"latent-inversion": ConvolutionalBottleneck()(gl.FedSGD())}
-"""Protections an attack is made for."""
+CLIENTS = {
+    "latent-inversion": ConvolutionalBottleneck()(gl.FedSGD()),
+    **dict.fromkeys(("dlg-dm", "gidm", "invg-dm", "mean-start"), Denoising(timestep=200)),
+}
+"""Protections and clients an attack is made for."""
+
+DRAWS = frozenset({Fact.TIMESTEPS, Fact.NOISE})
+"""Facts that only the clients of attacks that need them have."""
+
+ANY_PRIOR = {"mean-start"}
+"""Attacks that take every prior."""
 
 ONE_EXAMPLE = {"idlg"}
 """Attacks whose theory is about a single example and that say so."""
@@ -113,6 +130,7 @@ def digit(identifier: str, index: int, *, size: int = 1) -> tuple[Observation, t
             generator=stream(3),
         )
     threat, prior = gl.ThreatModel(server=attack.about.server), None
+    threat = replace(threat, knows=threat.knows | (attack.about.needs & DRAWS))
     if Fact.PRIOR in attack.about.needs:
         threat = replace(threat, knows=threat.knows | {Fact.PRIOR})
         prior = prior_of(PRIORS[identifier])
@@ -213,12 +231,20 @@ def test_a_missing_fact_is_not_applicable_and_no_crash(identifier: str) -> None:
         with pytest.raises(NotApplicable, match="batch_size"):
             attack(replace(seen, knowledge=Knowledge()), generator=stream(0))
     if Fact.PRIOR in attack.about.needs:
-        for prior in (None, prior_of("gaussian")):
+        for prior in (None, *([] if identifier in ANY_PRIOR else [prior_of("gaussian")])):
             with pytest.raises(NotApplicable, match="prior"):
                 attack(
                     replace(seen, knowledge=replace(seen.knowledge, prior=prior)),
                     generator=stream(0),
                 )
+    for fact in attack.about.needs & DRAWS:
+        core = seen.mechanism
+        assert isinstance(core, Denoising)
+        assert core.draws is not None
+        name = "times" if fact is Fact.TIMESTEPS else "noise"
+        less = replace(core, timestep=None, draws=replace(core.draws, **{name: None}))
+        with pytest.raises(NotApplicable, match=f"needs {fact}: not granted"):
+            attack(replace(seen, mechanism=less), generator=stream(0))
     foreign = replace(seen, data=DataSpec("text", seen.data.shape, (0.0, 1.0), 10))
     if "text" not in attack.about.modalities:
         with pytest.raises(NotApplicable, match="text"):

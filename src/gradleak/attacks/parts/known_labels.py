@@ -11,8 +11,10 @@ from gradleak.attacks.closed_form.disaggregate import disaggregate
 from gradleak.attacks.labels.soft_labels import SoftLabels
 from gradleak.attacks.labels.zlg import ZLG, BiasZLG, local_steps
 from gradleak.attacks.parts.labels import idlg, sign_counts
+from gradleak.defenses import undefended
 from gradleak.defenses.encoded import mixes_labels
 from gradleak.errors import NotApplicable
+from gradleak.mechanisms import Diffusing
 from gradleak.types import Observation
 
 
@@ -38,11 +40,14 @@ def _mixed(seen: Observation) -> Tensor:
 def known_or_recovered(seen: Observation) -> Tensor:
     """The labels granted, else the best rule for what is seen: (b,) int64.
 
-    `idlg` for one example; for more those of a head that separates, which are exact; else counts,
-    over the steps of local training, or `sign_counts`.
+    Zeros for a diffusion model, whose loss has none. `idlg` for one example; for more those of a
+    head that separates, which are exact; else counts, over the steps of local training, or
+    `sign_counts`.
     """
     if seen.knowledge.labels is not None:
         return seen.knowledge.labels
+    if isinstance(undefended(seen.mechanism), Diffusing):
+        return torch.zeros(seen.knowledge.batch_size or 1, dtype=torch.int64)
     if seen.knowledge.batch_size == 1:
         return idlg(seen)
     separated = disaggregate(seen)
