@@ -35,7 +35,7 @@ ENOUGH = {
     "continuation": {"steps": 300},
     "blind-mask": {"steps": 300, "restarts": 2},
     "dlg": {"steps": 300, "restarts": 2},
-    "dlg-dm": {"steps": 60},
+    "dlg-dm": {"steps": 40},
     "feature-fishing": {"steps": 300, "target": 5},
     "fishing": {"steps": 300, "target": 5},
     "fedavg-leakage": {"steps": 300},

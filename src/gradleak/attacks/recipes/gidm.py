@@ -67,7 +67,7 @@ class GIDM(Recipe):
     sampling: int = 4
     optimiser: Optimiser = "lbfgs"
     learning_rate: float = 0.01
-    tolerance: float = 1e-9
+    tolerance: float = 1e-10
     restarts: int = 1
 
     about: ClassVar[About] = About(
