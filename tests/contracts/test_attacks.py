@@ -29,12 +29,13 @@ from gradleak.types import (
 )
 from tests.laws.small import stream
 
-CHEAP = {"steps": 5, "restarts": 1, "target": 5}
+CHEAP = {"steps": 5, "restarts": 1, "target": 5, "latent_steps": 3, "candidates": 2}
 ENOUGH = {
     "cafe-published": {"steps": 800},
     "continuation": {"steps": 300},
     "blind-mask": {"steps": 300, "restarts": 2},
     "dlg": {"steps": 300, "restarts": 2},
+    "dlg-dm": {"steps": 40},
     "feature-fishing": {"steps": 300, "target": 5},
     "fishing": {"steps": 300, "target": 5},
     "fedavg-leakage": {"steps": 300},
@@ -42,13 +43,16 @@ ENOUGH = {
     "gradinversion": {"steps": 300, "restarts": 2},
     "gi-pip": {"steps": 300},
     "gidm-plus": {"steps": 150, "restarts": 1, "rough": 0.0},
+    "gidm": {"steps": 60, "latent_steps": 3, "candidates": 2},
     "gias": {"steps": 500, "latent_share": 0.2, "restarts": 1},
     "ggl": {"steps": 600},
     "gradient-guided-diffusion": {"steps": 300},
     "guided-sampling": {"steps": 50, "restarts": 2, "method": "moments"},
     "inverting-gradients": {"steps": 300},
+    "invg-dm": {"steps": 100},
     "rog": {"steps": 300, "factor": 1},
     "latent-inversion": {"steps": 600, "total_variation": 1e-4},
+    "mean-start": {"steps": 60},
     "sme": {"steps": 300},
     "user-level-diffusion": {"steps": 300, "prior_weight": 1e-3},
 }
@@ -61,6 +65,8 @@ PRIORS = {
     "gradient-guided-diffusion": "diffusion:steps=150,width=8,timesteps=50,averaging=0.95",
     "guided-sampling": "diffusion:steps=150,width=8,timesteps=50,averaging=0.95",
     "user-level-diffusion": "diffusion:steps=100,batch_size=16,width=8",
+    "gidm": "diffusion:steps=30,width=8",
+    "mean-start": "gaussian",
 }
 """Small ones of what an attack needs, trained on the public half of the digits in a moment."""
 
@@ -69,6 +75,7 @@ DRAWN = {"ggl"}
 
 NETWORKS = {
     "april": "vit-tiny",
+    **dict.fromkeys(("dlg-dm", "gidm", "invg-dm", "mean-start"), "unet"),
     "cocktail-party": "mlp",
     "gidm-plus": "unet",
     "latent-inversion": "lenet-tiny+cvb",
@@ -83,8 +90,15 @@ NETWORKS = {
 CLIENTS = {
     "gidm-plus": Denoising(timestep=200),
     "latent-inversion": ConvolutionalBottleneck()(gl.FedSGD()),
+    **dict.fromkeys(("dlg-dm", "gidm", "invg-dm", "mean-start"), Denoising(timestep=200)),
 }
 """Protections and clients an attack is made for."""
+
+DRAWS = frozenset({Fact.TIMESTEPS, Fact.NOISE})
+"""Facts that only the clients of attacks that need them have."""
+
+ANY_PRIOR = {"mean-start"}
+"""Attacks that take every prior."""
 
 ONE_EXAMPLE = {"idlg"}
 """Attacks whose theory is about a single example and that say so."""
@@ -125,6 +139,7 @@ def digit(identifier: str, index: int, *, size: int = 1) -> tuple[Observation, t
             generator=stream(3),
         )
     threat, prior = gl.ThreatModel(server=attack.about.server), None
+    threat = replace(threat, knows=threat.knows | (attack.about.needs & DRAWS))
     if Fact.PRIOR in attack.about.needs:
         threat = replace(threat, knows=threat.knows | {Fact.PRIOR})
         prior = prior_of(PRIORS[identifier])
@@ -225,12 +240,20 @@ def test_a_missing_fact_is_not_applicable_and_no_crash(identifier: str) -> None:
         with pytest.raises(NotApplicable, match="batch_size"):
             attack(replace(seen, knowledge=Knowledge()), generator=stream(0))
     if Fact.PRIOR in attack.about.needs:
-        for prior in (None, prior_of("gaussian")):
+        for prior in (None, *([] if identifier in ANY_PRIOR else [prior_of("gaussian")])):
             with pytest.raises(NotApplicable, match="prior"):
                 attack(
                     replace(seen, knowledge=replace(seen.knowledge, prior=prior)),
                     generator=stream(0),
                 )
+    for fact in attack.about.needs & DRAWS:
+        core = seen.mechanism
+        assert isinstance(core, Denoising)
+        assert core.draws is not None
+        name = "times" if fact is Fact.TIMESTEPS else "noise"
+        less = replace(core, timestep=None, draws=replace(core.draws, **{name: None}))
+        with pytest.raises(NotApplicable, match=f"needs {fact}: not granted"):
+            attack(replace(seen, mechanism=less), generator=stream(0))
     foreign = replace(seen, data=DataSpec("text", seen.data.shape, (0.0, 1.0), 10))
     if "text" not in attack.about.modalities:
         with pytest.raises(NotApplicable, match="text"):

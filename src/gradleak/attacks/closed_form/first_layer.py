@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.attacks.closed_form.affine import probes, undoing
+from gradleak.attacks.parts.client import takes_data_alone
 from gradleak.mechanisms.client import own_buffers, template
 from gradleak.types import DataSpec, ModelState
 
@@ -40,6 +41,8 @@ class FirstLayer:
 
 def first_layer(state: ModelState, data: DataSpec) -> FirstLayer | str:
     """The first layer with parameters, or why its input is not the data."""
+    if not takes_data_alone(state.model):
+        return "the network is called with more than the data"
     model = template(state.model, "eval").to(torch.float64)
     numbers = state.to(torch.float64)
     fixed = own_buffers(model, numbers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -56,6 +57,16 @@ def trained_tensors(model: nn.Module, state: ModelState) -> dict[str, Tensor]:
     """The parameters of a loaded network that the state trains, in the state's order."""
     own = dict(model.named_parameters())
     return {name: own[name] for name in state.params}
+
+
+def takes_data_alone(model: nn.Module) -> bool:
+    """Whether a network is called with the data and nothing else, as no denoising one is."""
+    needed = [
+        p
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return len(needed) <= 1
 
 
 def differentiable_twice() -> AbstractContextManager[None]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradleak.defenses import undefended
 from gradleak.errors import NotApplicable
+from gradleak.mechanisms import Diffusing
 from gradleak.types import Observation
 
 
@@ -17,8 +19,11 @@ def head_signal(seen: Observation) -> Tensor:
     """Per-class signal (classes,): head bias gradient, or row sums of the head's weight gradient.
 
     Raises:
-        NotApplicable: the last parameters are not those of a classification head.
+        NotApplicable: the client trains no classifier, or the last parameters are not those of a
+            classification head.
     """
+    if isinstance(undefended(seen.mechanism), Diffusing):
+        raise NotApplicable("label recovery: the loss of a diffusion model has no labels")
     size = seen.knowledge.batch_size or 1
     gradient = seen.mechanism.as_gradient(seen.update, batch_size=size).values
     names = list(seen.state.params)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from gradleak.attacks.parts.client import takes_data_alone
 from gradleak.errors import NotApplicable
 from gradleak.types import DataSpec, ModelState
 
@@ -134,8 +135,11 @@ def measure(network: nn.Module, state: ModelState, data: DataSpec) -> None:
     """Set the spread of every `Smooth` module of `network`, in place.
 
     Raises:
-        NotApplicable: the network has kinks that no module of it smooths.
+        NotApplicable: the network has kinks that no module of it smooths, or is called with more
+            than images.
     """
+    if not takes_data_alone(state.model):
+        raise NotApplicable("no smooth copy of the network: it is called with more than images")
     inputs = natural_like(data, _PUBLIC_IMAGES)
     reference = next(iter(state.params.values()))
 

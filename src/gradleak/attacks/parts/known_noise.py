@@ -1,0 +1,144 @@
+"""What attacks share that know the noise and the times of a diffusion model's client.
+
+With ε and t given, the update is a deterministic function of the images alone: matching it is
+gradient inversion as of a classifier, whose targets are known and whose labels play no part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradleak.attacks.parts.known_labels import known_or_recovered
+from gradleak.attacks.parts.lbfgs import lbfgs
+from gradleak.attacks.parts.matching import Matching
+from gradleak.attacks.parts.objective import Objective
+from gradleak.attacks.parts.search import Search, adam
+from gradleak.attacks.parts.unknowns import Images, Variables
+from gradleak.defenses import undefended
+from gradleak.errors import NotApplicable
+from gradleak.mechanisms import Diffusing, Draws
+from gradleak.priors import Denoiser
+from gradleak.seeding import child, normal
+from gradleak.types import Observation
+
+Optimiser = Literal["lbfgs", "adam"]
+
+_HISTORY, _LEAST_HISTORY, _COORDINATES = 500, 100, 4_000_000
+"""Curvature pairs of L-BFGS, as far as memory is cheap: near the truth the squared distance is a
+quadratic in few pixels, and more pairs know it better."""
+
+
+def check_draws_known(seen: Sequence[Observation], attack: str) -> None:
+    """Raise `NotApplicable` unless all clients train a diffusion model on draws that are known."""
+    for observation in seen:
+        core = undefended(observation.mechanism)
+        if not isinstance(core, Diffusing):
+            raise NotApplicable(
+                f"{attack} attacks clients that train a diffusion model, which this one is not "
+                "known to do (--mechanism denoising)"
+            )
+        known = core.draws or Draws()
+        if not known.complete:
+            facts = {"timesteps": known.times, "noise": known.noise}
+            missing = [name for name, value in facts.items() if value is None]
+            raise NotApplicable(
+                f"{attack} needs {', '.join(missing)}: not granted (--knows {','.join(facts)})"
+            )
+
+
+def unlabelled(seen: Sequence[Observation]) -> Tensor:
+    """Labels that claims carry, (targets, b): those granted, or else zeros."""
+    return torch.stack([known_or_recovered(o) for o in seen])
+
+
+@dataclass(frozen=True)
+class Drawn(Images):
+    """Images, or in the first phase of a search the latents that a diffusion prior draws them of.
+
+    Variables are either `latents` (trials, b, *shape) or `inputs`, as `Images` has them.
+
+    Attributes:
+        prior: the diffusion prior.
+        sampling: steps of DDIM.
+    """
+
+    prior: Denoiser
+    sampling: int
+
+    def start(self, generator: torch.Generator, *, restarts: int) -> Variables:
+        shape = (self.batch_size, *self.spec.shape)
+        streams = [child(generator, f"start/{restart}") for restart in range(restarts)]
+        draws = [normal(shape, generator=stream, dtype=self.dtype) for stream in streams]
+        return {"latents": torch.stack(draws)}
+
+    def decode(self, variables: Variables, targets: Sequence[int]) -> tuple[Tensor, Tensor]:
+        if "latents" in variables:
+            variables = {"inputs": self.drawn(variables["latents"])}
+        return super().decode(variables, targets)
+
+    def drawn(self, latents: Tensor) -> Tensor:
+        """The images (trials, b, *shape) of latents of the same shape."""
+        images = self.prior.images(latents.flatten(0, 1), steps=self.sampling)
+        return images.view_as(latents)
+
+    def project_(self, variables: Variables) -> None:
+        if "latents" not in variables:
+            super().project_(variables)
+
+
+def pixel_phase(
+    objective: Objective,
+    start: Variables,
+    *,
+    steps: int,
+    optimiser: Optimiser,
+    learning_rate: float,
+    tolerance: float,
+) -> Search:
+    """Descend from images on the squared distance over ‖u‖².
+
+    Args:
+        objective: of images; its fit is the squared distance.
+        start: images, `inputs` (trials, b, *shape).
+        steps: of the optimiser.
+        optimiser: which one.
+        learning_rate: of Adam, constant.
+        tolerance: L-BFGS ends a target at this objective; float32 updates carry rounding of
+            about 1e-12.
+    """
+    if optimiser == "adam":
+        return adam(objective, start, steps=steps, learning_rate=learning_rate, schedule=_constant)
+    solved = [tolerance] * len(objective.fit.received)
+    pixels = start["inputs"][0].numel()
+    history = max(_LEAST_HISTORY, min(_HISTORY, _COORDINATES // pixels))
+    return lbfgs(objective, start, steps=steps, history=history, solved=solved)
+
+
+def relative(fit: Matching) -> float:
+    """What makes the squared distance one in units of ‖u‖², of the first target."""
+    square = fit.norm(0) ** 2
+    return 1 / square if 0 < square < math.inf else 1.0
+
+
+def part(objective: Objective, low: float, high: float) -> Objective:
+    """The same objective as a part of a longer search, from one share of it to another."""
+    return replace(objective, progress=lambda s: objective.progress(low + s * (high - low)))
+
+
+def followed(first: Search, second: Search) -> Search:
+    """Two phases as one search: what it spent on both, and the claim of the second."""
+    return replace(
+        second,
+        evaluations=[a + b for a, b in zip(first.evaluations, second.evaluations, strict=True)],
+        history=[a + b for a, b in zip(first.history, second.history, strict=True)],
+    )
+
+
+def _constant(step: int, steps: int) -> float:
+    return 1.0
