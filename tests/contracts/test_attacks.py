@@ -54,12 +54,14 @@ ENOUGH = {
 GAIN = {"gradient-guided-diffusion": 2.0}
 """dB over the mean digit, where the steps that a test can afford do not gain 6."""
 
+_DIFFUSION = "diffusion:steps=120,batch_size=16,width=8,timesteps=50,averaging=0.9"
+
 PRIORS = {
     "gias": "gan:steps=150,channels=8,latent=16,learning_rate=0.001,averaging=0.95",
     "ggl": "gan:steps=40,channels=8,latent=4,learning_rate=0.002,averaging=0.9",
     "gi-pip": "autoencoder:steps=300,hidden=64,code=16",
-    "gradient-guided-diffusion": "diffusion:steps=120,batch_size=16,width=8,timesteps=50,averaging=0.9",
-    "guided-sampling": "diffusion:steps=120,batch_size=16,width=8,timesteps=50,averaging=0.9",
+    "gradient-guided-diffusion": _DIFFUSION,
+    "guided-sampling": _DIFFUSION,
 }
 """Small ones of what an attack needs, trained on the public half of the digits in a moment."""
 
