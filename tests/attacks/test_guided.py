@@ -59,7 +59,8 @@ class Exact(Denoiser):
         spread = alpha * COVARIANCE + (1 - alpha) * torch.eye(4, dtype=torch.float64)
         gain = math.sqrt(alpha) * COVARIANCE @ torch.linalg.inv(spread)
         clean = (noised.flatten(1) @ gain.T.to(noised)).reshape(noised.shape)
-        return (noised - math.sqrt(alpha) * clean) / math.sqrt(1 - alpha)
+        found: Tensor = (noised - math.sqrt(alpha) * clean) / math.sqrt(1 - alpha)
+        return found
 
 
 _ROOT = torch.randn((4, 4), generator=stream(1), dtype=torch.float64) * 0.1
@@ -189,7 +190,7 @@ def test_settings_without_meaning_are_refused() -> None:
         {"method": "x"}, {"estimate": "x"}, {"inner": 0}, {"rate": 1.5}, {"eta": 2.0}, {"eta": 0.0},
     ):  # fmt: skip
         with pytest.raises(InvalidInput, match=next(iter(settings))):
-            GuidedSampling(**settings)  # type: ignore[arg-type]
+            GuidedSampling(**settings)
     with pytest.raises(InvalidInput, match="sampling"):
         GradientGuidedDiffusion(sampling=0)
 
@@ -199,6 +200,7 @@ def test_a_taught_model_begins_with_what_it_drew_and_checkpoints_change_nothing(
     objective = replace(recipe.compose([seen_of()]), targets=(0, 0))
     start = objective.unknown.start(stream(1), restarts=2)
     labels = seen_of().knowledge.labels
+    assert labels is not None
     drawn = [prior.images(x, labels, steps=3) for x in start["latents"]]
     assert torch.allclose(objective.unknown.decode(start, [0, 0])[0], torch.stack(drawn))
     value, slopes = objective.value_and_gradient(start, [0, 1])
@@ -233,6 +235,7 @@ def test_latents_of_a_claim_lead_back_to_it() -> None:
     """Of pictures that the model drew, DDIM backwards finds latents that draw nearly the same."""
     unknown = GradientGuidedDiffusion(sampling=10).compose([seen_of()]).unknown
     labels = seen_of().knowledge.labels
+    assert labels is not None
     drawn = small_prior().images(torch.randn((2, 1, 4, 4), generator=stream(8)), labels, steps=10)
     again = unknown.decode(unknown.encode([Batch(drawn, labels)]), [0])[0][0]
     other = unknown.decode(unknown.start(stream(9), restarts=1), [0])[0][0]

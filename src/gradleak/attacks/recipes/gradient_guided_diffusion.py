@@ -49,7 +49,7 @@ class GradientGuidedDiffusion(Recipe):
 
     steps: int = 400
     sampling: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float = 0.01
     restarts: int = 1
 
     about: ClassVar[About] = About(

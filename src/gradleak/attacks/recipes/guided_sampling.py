@@ -330,8 +330,8 @@ def _streams(objective: Objective) -> list[torch.Generator]:
 
 
 def _norm(v: Tensor) -> Tensor:
-    found: Tensor = torch.linalg.vector_norm(v.flatten(1), dim=1).clamp(min=_TINY)
-    return found
+    found: Tensor = torch.linalg.vector_norm(v.flatten(1), dim=1)
+    return found.clamp(min=_TINY)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
