@@ -10,10 +10,19 @@ import pytest
 import torch
 
 from gradleak import data
-from gradleak.attacks.inversion import DiffMI, PixelAscent
+from gradleak.attacks.inversion import DiffMI, LatentSearch, PixelAscent
 from gradleak.priors import diffusion
 from gradleak.reproductions import diff_mi
-from gradleak.reproductions.diff_mi import ATTACK, PIXELS, PRIVATE, UNTRAINED, DiffMITable, _Size
+from gradleak.reproductions.diff_mi import (
+    ATTACK,
+    GAN,
+    PIXELS,
+    PRIVATE,
+    UNTRAINED,
+    UNTUNED,
+    DiffMITable,
+    _Size,
+)
 from gradleak.reproductions.reproduction import Request
 from gradleak.reproductions.running import reproduce
 
@@ -26,9 +35,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diff_mi, "DATA", ("mnist",))
     monkeypatch.setattr(diff_mi, "FOLDS", ((5, 6, 7, 8, 9),))
     monkeypatch.setattr(diff_mi, "available", lambda name, data_dir: ("digits", digits))
-    size = _Size(8, 1, 3, 30, 100, _TINY, gan=0)
+    size = _Size(8, 1, 3, 30, 100, _TINY, gan=1)
     monkeypatch.setitem(diff_mi._SIZES, "quick", size)
     monkeypatch.setattr(diff_mi, "PixelAscent", partial(PixelAscent, steps=3))
+    monkeypatch.setattr(diff_mi, "LatentSearch", partial(LatentSearch, steps=3))
     monkeypatch.setattr(diffusion, "_SAMPLING", 3)
 
 
@@ -38,7 +48,7 @@ def test_every_line_is_judged_by_class_and_the_report_is_written(
     table = DiffMITable()
     done = reproduce(table, Request(), out=tmp_path / "r", workers=0)
     rows = {row["row"]: row for row in done.result["rows"]}
-    for line in (ATTACK, UNTRAINED, PIXELS, PRIVATE, "mean public image"):
+    for line in (ATTACK, UNTUNED, UNTRAINED, PIXELS, GAN, PRIVATE, "mean public image"):
         for metric in ("accuracy at 1", "accuracy at 5", "Fréchet distance"):
             assert rows[f"digits, {metric} / {line}"]["ours"]["n"] == 5, line
     accuracy = rows[f"digits, accuracy at 1 / {ATTACK}"]["ours"]
