@@ -131,10 +131,17 @@ def leak(directory: Path, attack: str, count: int, *, known: bool) -> None:
             seen, truth = gl.simulate(scenario, generator=generator)
             (claim,) = attacks.attack_all(attacks.build(attack), [seen], seed=target)
             scores.append([gl.metrics.psnr_db(claim.batch, truth.batch)])
-        print(name, attack, clustered_mean(scores), flush=True)
+        print(name, attack, told_of([s for (s,) in scores]), flush=True)
         path = directory / f"leak-{attack.partition(':')[0]}-{'known' if known else 'private'}.json"
         told = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(told | {name: [s for (s,) in scores]}))
+
+
+def told_of(scores: list[float]) -> str:
+    """Mean and 95 % interval over targets."""
+    interval = clustered_mean([[s] for s in scores])
+    mean = sum(scores) / len(scores)
+    return f"{mean:.1f} ({interval.low:.1f} to {interval.high:.1f}), n = {len(scores)}"
 
 
 def table(directory: Path) -> None:
@@ -157,7 +164,7 @@ def table(directory: Path) -> None:
         row = [f"`{defense if aggregation == 'none' else aggregation}`"]
         row += [f"{found['test_loss']:.4f}", f"{quality['frechet']:.2f}"]
         for told in leaks.values():
-            row.append(str(clustered_mean([[s] for s in told[name]])) if name in told else "")
+            row.append(told_of(told[name]) if name in told else "")
         print("| " + " | ".join(row) + " |")
 
 

@@ -87,7 +87,7 @@ def test_folded_normalisation_is_the_network_in_evaluation_mode() -> None:
     """The kept weights draw what the normalised network draws with the same statistics."""
     training = family("gan").begin(SPEC, seed=0)
     for step in range(3):
-        training.step(PUBLIC.inputs[:8].float(), generator=stream(step))
+        training.step(PUBLIC.inputs[:8].float(), PUBLIC.classes[:8], generator=stream(step))
     weights = training.weights()
     prior = Generator.of(family("gan"), SPEC, {**weights, "examples": torch.zeros(1).long()})
     z = torch.randn((128, 3), generator=stream(0))
