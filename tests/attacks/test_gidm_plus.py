@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import gradleak as gl
+from gradleak import priors
 from gradleak.attacks.parts.distances import relative_squares, squared_l2
 from gradleak.attacks.recipes.gidm_plus import GIDMPlus, WithDraws, denoised
 from gradleak.denoising import Schedule, UNet
@@ -129,6 +130,18 @@ def test_the_prior_takes_noise_from_an_estimate_and_leaves_a_clean_one() -> None
     assert found is not None
     assert torch.allclose(found[0], picture, atol=1e-4)
     assert denoised(prior, picture[None], unknown) is None
+
+
+def test_a_granted_prior_has_its_turns() -> None:
+    public = DIGITS.batch(torch.arange(100))
+    prior = priors.fit("diffusion:steps=2,width=8", public, DIGITS.spec, seed=0)
+    threat = gl.ThreatModel(gl.ThreatModel().knows | {Fact.PRIOR})
+    scenario = gl.Scenario(DIGITS, small(), Denoising(timestep=700), threat=threat, prior=prior)
+    seen, _ = gl.simulate(scenario, generator=stream(3))
+    with_prior = GIDMPlus(steps=9)(seen, generator=stream(0))
+    without = GIDMPlus(steps=9, denoised=0)(seen, generator=stream(0))
+    assert with_prior.batch.inputs.isfinite().all()
+    assert not torch.equal(with_prior.batch.inputs, without.batch.inputs)
 
 
 def test_shares_of_one_time_are_that_time() -> None:
