@@ -30,6 +30,9 @@ def small() -> ModelState:
         return ModelState.of(UNet(1, width=8, multipliers=(1, 2)))
 
 
+TABLE = torch.randn((1000, 10), generator=stream(3))
+
+
 class Own(nn.Module):
     """Somebody's own network: a table of times, an image's layer before the time's."""
 
@@ -37,11 +40,11 @@ class Own(nn.Module):
         super().__init__()
         self.image, self.time = nn.Linear(64, 12), nn.Linear(10, 12)
         self.head = nn.Linear(12, 64)
-        self.register_buffer("table", torch.randn((1000, 10), generator=stream(3)))
 
     def forward(self, x: Tensor, times: Tensor) -> Tensor:
-        h = self.image(x.flatten(1)) + self.time(self.table[times.long()])
-        return self.head(torch.tanh(h)).view_as(x)
+        h = self.image(x.flatten(1)) + self.time(TABLE[times.long()])
+        found: Tensor = self.head(torch.tanh(h)).view_as(x)
+        return found
 
 
 def drawn(

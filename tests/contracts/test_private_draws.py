@@ -93,7 +93,7 @@ def played(
     return seen, truth.draws
 
 
-CLIENTS = {
+CLIENTS: dict[str, Mechanism] = {
     "one step": Denoising(),
     "a fixed time": Denoising(timestep=487),
     "local steps": DenoisingAvg(epochs=2, minibatch_size=1),
@@ -150,10 +150,9 @@ class Blinkered(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.time, self.hidden, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.register_buffer("rates", torch.logspace(-3, 0, 3))
 
     def forward(self, x: Tensor, times: Tensor) -> Tensor:
-        angles = times[:, None].to(x) * self.rates
+        angles = times[:, None].to(x) * torch.logspace(-3, 0, 3).to(x)
         time = self.time(torch.cat([angles.sin(), angles.cos()], 1))
         left = self.head(torch.tanh(self.hidden(x[..., :2].flatten(1)) + time))
         return nn.functional.pad(left.view(-1, 1, 4, 2), (0, 2))
