@@ -91,10 +91,14 @@ def two_worlds(
         network: nn.Module = Blinkered()
         if isinstance(attack, LatentInversion):  # made for clients that draw a latent
             network, mechanism = precode(network, latent=3), Precode()(gl.FedSGD())
-        if isinstance(attack, GIDMPlus):
+        drawn = attack.about.needs & DRAWS if isinstance(attack, Attack) else frozenset()
+        if drawn or isinstance(attack, GIDMPlus):
             network, mechanism = BlinkeredDenoiser(), Denoising()
         state = ModelState.of(network)
-    threat = gl.ThreatModel(server="malicious" if isinstance(attack, Planting) else "honest")
+    threat = gl.ThreatModel(
+        gl.ThreatModel().knows | drawn,
+        server="malicious" if isinstance(attack, Planting) else "honest",
+    )
     granted = None
     if prior is not None:
         threat = replace(threat, knows=threat.knows | {Fact.PRIOR})
@@ -119,6 +123,18 @@ def two_worlds(
     return worlds
 
 
+DRAWS = frozenset({Fact.TIMESTEPS, Fact.NOISE})
+
+FAMILIES = {
+    "gi-pip": "autoencoder",
+    **dict.fromkeys(
+        ("gidm", "gradient-guided-diffusion", "guided-sampling", "user-level-diffusion"),
+        "diffusion",
+    ),
+}
+"""Priors that attacks ask for; the others take a GAN."""
+
+
 def quick(kind: type) -> Attack:
     fields = {k: v for k, v in QUICK.items() if k in kind.__dataclass_fields__}  # type: ignore[attr-defined]
     return kind(**fields)  # type: ignore[no-any-return]
@@ -141,10 +157,7 @@ def assert_blind(
 @pytest.mark.parametrize("identifier", ATTACKS)
 def test_equal_observations_give_bitwise_equal_claims(identifier: str) -> None:
     needed = Fact.PRIOR in ATTACKS[identifier].about.needs
-    family = {
-        "gi-pip": "autoencoder",
-        "user-level-diffusion": "diffusion",
-    }.get(identifier, "gan")
+    family = FAMILIES.get(identifier, "gan")
     attack = quick(ATTACKS[identifier])
     assert_blind(attack, two_worlds(attack, prior=SMALL_PRIORS[family] if needed else None))
 

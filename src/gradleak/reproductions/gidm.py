@@ -45,17 +45,18 @@ class Line:
 
 
 KNOWN: tuple[Line, ...] = (
-    Line("DLG-dm", "dlg-dm", "pixels, squared distance, Adam"),
-    Line("InvG-dm", "invg-dm", "pixels, cosine and total variation, signed Adam"),
-    Line("GIDM, latent phase", "gidm:pixel_steps=0", "what the diffusion prior alone finds"),
+    Line("DLG-dm, Adam", "dlg-dm:optimiser=adam,steps=500", "pixels, squared distance"),
+    Line("DLG-dm, L-BFGS", "dlg-dm", "the same, a better optimiser"),
+    Line("InvG-dm", "invg-dm:steps=500", "pixels, cosine and total variation, signed Adam"),
+    Line("GIDM, latent phase", "gidm:steps=0", "what the diffusion prior alone finds"),
     Line("GIDM", "gidm", "both phases"),
     Line("control: mean start", "mean-start", "the pixel phase from the public mean image"),
 )
 """Attacks of a server that knows noise and times."""
 
 PRIVATE: tuple[Line, ...] = (
-    Line("GIDM+", "gidm-plus", "t in closed form, image and noise together"),
-    Line("GIDM+, prior", "gidm-plus:prior=1", "the same with the diffusion prior"),
+    Line("GIDM+", "gidm-plus:denoised=0", "t in closed form, image and noise together"),
+    Line("GIDM+, prior", "gidm-plus", "the same with the diffusion prior"),
 )
 """Attacks of a server that knows neither."""
 
@@ -205,7 +206,7 @@ def _picture(images: Tensor) -> str:
 
 def _play(cell: Mapping[str, Any], dataset: Dataset) -> list[tuple[Observation, Truth]]:
     """One client per victim; victim number k is the same under every line, target and time."""
-    prior, target = (_trained(f"{kind}-{cell['prior']}") for kind in ("diffusion", "denoiser"))
+    prior, target = _networks(cell["prior"])
     chosen = _victims(dataset, cell["prior"], cell["seed"])
     facts = _FACTS | (_KNOWN if cell["known"] else frozenset())
     plays = []
@@ -234,6 +235,13 @@ def _state(target: str, trained: Denoiser, dataset: Dataset, seed: int) -> Model
     return state.to(torch.float64)
 
 
+def _networks(data: str) -> tuple[Denoiser, Denoiser]:
+    """The attacker's prior, and the trained target: the same where no other comes along."""
+    own = f"diffusion-{data}"
+    target = _trained(f"denoiser-{data}")
+    return _trained(own) if own in priors.TRAINED else target, target
+
+
 @lru_cache(maxsize=8)
 def _trained(name: str) -> Denoiser:
     found = priors.load(priors.TRAINED[name])
@@ -256,7 +264,7 @@ def _victims(dataset: Dataset, prior: str, seed: int) -> Tensor:
     stream = torch.Generator().manual_seed(derive(seed, "victims"))
     order = clients[torch.randperm(len(clients), generator=stream)][:400]
     inputs = dataset.batch(order).inputs
-    seen = torch.stack([_trained(f"{k}-{prior}").seen(inputs) for k in ("diffusion", "denoiser")])
+    seen = torch.stack([network.seen(inputs) for network in _networks(prior)])
     return order[~seen.any(0)]
 
 

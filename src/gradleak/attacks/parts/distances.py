@@ -47,12 +47,18 @@ def relative_squares(predicted: Tensors, received: Tensors, *, balance: float = 
 
     0 weighs tensors alike, 1 each by its own length, which counts as a thousandth of all at least.
     """
-    sizes = torch.stack([(received[k] ** 2).sum() for k in predicted])
-    whole = sizes.sum().clamp(min=torch.finfo(sizes.dtype).tiny)
-    weights = sizes.clamp(min=_FAINT * whole) ** -balance
-    weights = weights / (weights * sizes).sum().clamp(min=torch.finfo(sizes.dtype).tiny)
-    gaps = torch.stack([((p - received[k]) ** 2).sum() for k, p in predicted.items()])
-    return (weights * gaps).sum()
+    weights = relative_weights({k: received[k] for k in predicted}, balance=balance)
+    gaps = {k: ((p - received[k]) ** 2).sum() for k, p in predicted.items()}
+    return _total([weights[k] * gap for k, gap in gaps.items()])
+
+
+def relative_weights(received: Tensors, *, balance: float = 0.0) -> dict[str, Tensor]:
+    """w_l of `relative_squares`, 0-dim each."""
+    sizes = torch.stack([(r**2).sum() for r in received.values()])
+    least = torch.finfo(sizes.dtype).tiny
+    weights = sizes.clamp(min=_FAINT * sizes.sum().clamp(min=least)) ** -balance
+    weights = weights / (weights * sizes).sum().clamp(min=least)
+    return dict(zip(received, weights.unbind(), strict=True))
 
 
 def cosine(predicted: Tensors, received: Tensors) -> Tensor:

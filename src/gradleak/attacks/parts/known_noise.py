@@ -22,7 +22,7 @@ from gradleak.attacks.parts.search import Search, adam
 from gradleak.attacks.parts.unknowns import Images, Variables
 from gradleak.defenses import undefended
 from gradleak.errors import NotApplicable
-from gradleak.mechanisms import Diffusing, Draws
+from gradleak.mechanisms import Diffusing
 from gradleak.priors import Denoiser
 from gradleak.seeding import child, normal
 from gradleak.types import Observation
@@ -34,21 +34,14 @@ _HISTORY, _LEAST_HISTORY, _COORDINATES = 500, 100, 4_000_000
 quadratic in few pixels, and more pairs know it better."""
 
 
-def check_draws_known(seen: Sequence[Observation], attack: str) -> None:
-    """Raise `NotApplicable` unless all clients train a diffusion model on draws that are known."""
+def check_diffusing(seen: Sequence[Observation], attack: str) -> None:
+    """Raise `NotApplicable` unless all clients train a diffusion model."""
     for observation in seen:
         core = undefended(observation.mechanism)
         if not isinstance(core, Diffusing):
             raise NotApplicable(
                 f"{attack} attacks clients that train a diffusion model, which this one is not "
                 "known to do (--mechanism denoising)"
-            )
-        known = core.draws or Draws()
-        if not known.complete:
-            facts = {"timesteps": known.times, "noise": known.noise}
-            missing = [name for name, value in facts.items() if value is None]
-            raise NotApplicable(
-                f"{attack} needs {', '.join(missing)}: not granted (--knows {','.join(facts)})"
             )
 
 

@@ -39,4 +39,6 @@ def require(about: About, seen: Observation) -> None:
     }
     missing = sorted(str(fact) for fact in about.needs if not granted.get(fact, True))
     if missing:
-        raise NotApplicable(f"{about.id} needs {', '.join(missing)}: not granted")
+        raise NotApplicable(
+            f"{about.id} needs {', '.join(missing)}: not granted (--knows {','.join(missing)})"
+        )

@@ -11,7 +11,7 @@ import torch
 from gradleak.attacks.parts.distances import squared_l2
 from gradleak.attacks.parts.known_noise import (
     Optimiser,
-    check_draws_known,
+    check_diffusing,
     pixel_phase,
     relative,
     unlabelled,
@@ -71,7 +71,7 @@ class DLGDM(Recipe):
     budgets: ClassVar = {"quick": {"steps": 150}, "thorough": {"steps": 1000, "restarts": 4}}
 
     def compose(self, seen: Sequence[Observation]) -> Objective:
-        check_draws_known(seen, self.about.id)
+        check_diffusing(seen, self.about.id)
         fit = Matching(seen, squared_l2, dtype=self.dtype)
         return Objective(
             unknown=Images(

@@ -13,7 +13,7 @@ from gradleak.attacks.parts.granted import granted
 from gradleak.attacks.parts.known_noise import (
     Drawn,
     Optimiser,
-    check_draws_known,
+    check_diffusing,
     followed,
     part,
     pixel_phase,
@@ -120,7 +120,7 @@ class GIDM(Recipe):
         )
 
     def compose(self, seen: Sequence[Observation]) -> Objective:
-        check_draws_known(seen, self.about.id)
+        check_diffusing(seen, self.about.id)
         fit = Matching(seen, squared_l2, dtype=self.dtype)
         return Objective(
             unknown=Drawn(

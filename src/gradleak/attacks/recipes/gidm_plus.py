@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.attacks.closed_form.timesteps import recovered_times, time_inputs
-from gradleak.attacks.parts.distances import relative_squares
+from gradleak.attacks.parts.distances import relative_squares, relative_weights
+from gradleak.attacks.parts.gauss_newton import MOST, gauss_newton
 from gradleak.attacks.parts.lbfgs import lbfgs
 from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import Objective
@@ -41,26 +42,29 @@ class GIDMPlus(Recipe):
     and noise are then varied together, the image from its public mean, the noise from N(0, 1):
 
         t in closed form
-        L-BFGS on (x, ε), in float32 for `rough` of the steps and then in float64
+        L-BFGS on (x, ε) in float32; then in the units of a Gauss–Newton model, in float64; again
         with a diffusion prior: σ of the estimate by the prior's own ε̂; x ← E[x | x + σ n]; again
 
     Args:
         steps: accepted steps of L-BFGS per restart, over all stages.
+        models: turns that the steps are cut into, each followed by a Gauss–Newton model; 0 for
+            none.
         restarts: independent starts of the noise; the objective chooses. Where times repeat, each
             takes another way to share them.
         times: how t is found where it is not granted.
         order: x and ε (and t) together, or x, then t, then ε in turns, as published.
-        rough: share of the steps in float32.
+        rough: share of the steps in float32, where there are no models.
         balance: β; 0 weighs the update's tensors alike, 1 each by its own length.
         denoised: how often a granted diffusion prior replaces the estimate by what it expects.
     """
 
-    steps: int = 1500
+    steps: int = 1000
+    models: int = 4
     restarts: int = 1
     times: Literal["closed-form", "relaxed"] = "closed-form"
     order: Literal["joint", "alternate"] = "joint"
     rough: float = 0.8
-    balance: float = 0.5
+    balance: float = 0.0
     denoised: int = 2
 
     about: ClassVar[About] = About(
@@ -177,29 +181,38 @@ class GIDMPlus(Recipe):
     def _searched(
         self, objective: Objective, start: Variables, steps: int, stage: int, stages: int
     ) -> Search:
-        """Rough, then fine, from `start`."""
-        rough = round(self.rough * steps)
-
-        def told(low: float, high: float) -> Callable[[float], None]:
-            a, b = (stage + low) / stages, (stage + high) / stages
-            return lambda share: objective.progress(a + share * (b - a))
-
+        """L-BFGS in float32 and a Gauss–Newton model in float64, in turns, from `start`."""
+        free = [k for k in ("inputs", "noise") if k in start]
+        unknowns = sum(start[k][0].numel() for k in free)
+        fits = self.order == "joint" and "logits" not in start and unknowns <= MOST
+        turns = self.models if fits else 0
+        rough = 1.0 if turns else self.rough
+        each = max(1, round(rough * steps / max(1, turns)))
         found: Search | None = None
-        if rough:
+        for turn in range(max(1, turns)):
+            share = (stage + turn / max(1, turns)) / stages
+            objective.progress(share)
             single = replace(
                 objective,
                 unknown=replace(objective.unknown, dtype=torch.float32),
                 fit=Matching(objective.fit.seen, objective.fit.distance, dtype=torch.float32),
-                progress=told(0, self.rough),
+                progress=lambda share: None,
             )
-            cast = {k: v.float() for k, v in start.items()}
-            found = self._descend(single, cast, rough)
-            start = {k: v.to(objective.fit.dtype) for k, v in found.variables.items()}
-        if rough < steps:
-            fine = replace(objective, progress=told(self.rough, 1))
-            after = self._descend(fine, start, steps - rough)
+            after = self._descend(single, {k: v.float() for k, v in start.items()}, each)
             found = after if found is None else _then(found, after)
+            start = {k: v.to(objective.fit.dtype) for k, v in found.variables.items()}
+            quiet = replace(objective, progress=lambda share: None)
+            if turns and float(found.values.min()) <= _NEAR:
+                weights = partial(relative_weights, balance=self.balance)
+                fine = gauss_newton(quiet, start, weights=weights, free=free, solved=_SOLVED)
+                found = _then(found, fine)
+                start = found.variables
+                if float(found.values.max()) <= _SOLVED:
+                    break
         assert found is not None
+        if not turns and rough < 1:
+            fine = self._descend(objective, start, steps - round(rough * steps))
+            found = _then(found, fine)
         return found
 
     def _descend(self, objective: Objective, start: Variables, steps: int) -> Search:
@@ -224,6 +237,10 @@ class GIDMPlus(Recipe):
     fit = objective
 
 
+_NEAR = 1e-2
+"""Objective below which a model of the curvature helps; further off it leads astray."""
+_SOLVED = 1e-18
+"""Objective at which a search ends."""
 _TURNS = 20
 """Turns of every unknown, where they take turns."""
 
