@@ -140,7 +140,7 @@ def test_what_is_missing_is_said_in_one_line(attack: gl.types.Attack) -> None:
     name = attack.about.id
     for without in DRAWS:
         seen, _ = play(Denoising(timestep=50), knows=KNOWS - {without})
-        with pytest.raises(NotApplicable, match=f"needs {without}.*--knows noise"):
+        with pytest.raises(NotApplicable, match=f"needs {without}.*--knows {without}"):
             attack(seen, generator=stream(0))
     head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
     update = {k: torch.ones_like(v) for k, v in head.named_parameters()}

@@ -20,9 +20,6 @@ from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import Objective
 from gradleak.attacks.parts.search import Search, adam
 from gradleak.attacks.parts.unknowns import Images, Variables
-from gradleak.defenses import undefended
-from gradleak.errors import NotApplicable
-from gradleak.mechanisms import Diffusing
 from gradleak.priors import Denoiser
 from gradleak.seeding import child, normal
 from gradleak.types import Observation
@@ -32,17 +29,6 @@ Optimiser = Literal["lbfgs", "adam"]
 _HISTORY, _LEAST_HISTORY, _COORDINATES = 500, 100, 4_000_000
 """Curvature pairs of L-BFGS, as far as memory is cheap: near the truth the squared distance is a
 quadratic in few pixels, and more pairs know it better."""
-
-
-def check_diffusing(seen: Sequence[Observation], attack: str) -> None:
-    """Raise `NotApplicable` unless all clients train a diffusion model."""
-    for observation in seen:
-        core = undefended(observation.mechanism)
-        if not isinstance(core, Diffusing):
-            raise NotApplicable(
-                f"{attack} attacks clients that train a diffusion model, which this one is not "
-                "known to do (--mechanism denoising)"
-            )
 
 
 def unlabelled(seen: Sequence[Observation]) -> Tensor:

@@ -26,6 +26,11 @@ def require(about: About, seen: Observation) -> None:
         raise NotApplicable(
             f"{about.id}: expected a classifier, the client's {core.id} trains a denoiser"
         )
+    if about.needs & {Fact.TIMESTEPS, Fact.NOISE} and not isinstance(core, Diffusing):
+        raise NotApplicable(
+            f"{about.id} attacks clients that train a diffusion model, which this one is not known "
+            "to do (--mechanism denoising)"
+        )
     drawn = getattr(core, "draws", None) or Draws()
     fixed = getattr(core, "timestep", None) is not None
     granted = {

@@ -11,7 +11,6 @@ import torch
 from gradleak.attacks.parts.distances import squared_l2
 from gradleak.attacks.parts.known_noise import (
     Optimiser,
-    check_diffusing,
     pixel_phase,
     relative,
     unlabelled,
@@ -71,7 +70,6 @@ class DLGDM(Recipe):
     budgets: ClassVar = {"quick": {"steps": 150}, "thorough": {"steps": 1000, "restarts": 4}}
 
     def compose(self, seen: Sequence[Observation]) -> Objective:
-        check_diffusing(seen, self.about.id)
         fit = Matching(seen, squared_l2, dtype=self.dtype)
         return Objective(
             unknown=Images(

@@ -13,7 +13,6 @@ from gradleak.attacks.parts.granted import granted
 from gradleak.attacks.parts.known_noise import (
     Drawn,
     Optimiser,
-    check_diffusing,
     followed,
     part,
     pixel_phase,
@@ -120,7 +119,6 @@ class GIDM(Recipe):
         )
 
     def compose(self, seen: Sequence[Observation]) -> Objective:
-        check_diffusing(seen, self.about.id)
         fit = Matching(seen, squared_l2, dtype=self.dtype)
         return Objective(
             unknown=Drawn(

@@ -17,8 +17,8 @@ from gradleak.attacks.parts.distances import relative_squares, relative_weights
 from gradleak.attacks.parts.gauss_newton import MOST, gauss_newton
 from gradleak.attacks.parts.lbfgs import lbfgs
 from gradleak.attacks.parts.matching import Matching
-from gradleak.attacks.parts.objective import Objective
-from gradleak.attacks.parts.search import Search
+from gradleak.attacks.parts.objective import Engine, Objective
+from gradleak.attacks.parts.search import Search, halvings
 from gradleak.attacks.parts.unknowns import Unknown, Variables
 from gradleak.attacks.recipe import Recipe
 from gradleak.defenses import rebased, undefended
@@ -26,7 +26,7 @@ from gradleak.errors import InvalidInput, NotApplicable
 from gradleak.mechanisms import Denoising, Diffusing
 from gradleak.priors import Denoiser
 from gradleak.seeding import child, normal
-from gradleak.types import About, Batch, Fact, ModelState, Observation
+from gradleak.types import About, Batch, Fact, ModelState, Observation, Reconstruction
 
 _LEVELS = 40
 """Noise levels among which an estimate's own is looked for."""
@@ -49,6 +49,8 @@ class GIDMPlus(Recipe):
         steps: accepted steps of L-BFGS per restart, over all stages.
         models: turns that the steps are cut into, each followed by a Gauss–Newton model; 0 for
             none.
+        trial: steps of L-BFGS besides, in which of several restarts the worse half is dropped again
+            and again: three starts of four end in another basin.
         restarts: independent starts of the noise; the objective chooses. Where times repeat, each
             takes another way to share them.
         times: how t is found where it is not granted.
@@ -60,7 +62,8 @@ class GIDMPlus(Recipe):
 
     steps: int = 1000
     models: int = 4
-    restarts: int = 1
+    restarts: int = 8
+    trial: int = 300
     times: Literal["closed-form", "relaxed"] = "closed-form"
     order: Literal["joint", "alternate"] = "joint"
     rough: float = 0.8
@@ -85,7 +88,10 @@ class GIDMPlus(Recipe):
             "starts from the public mean, or grey, and not from a latent of the prior",
         ),
     )
-    budgets: ClassVar = {"quick": {"steps": 500}, "thorough": {"steps": 4000, "restarts": 3}}
+    budgets: ClassVar = {
+        "quick": {"steps": 500, "restarts": 4},
+        "thorough": {"steps": 4000, "restarts": 16},
+    }
 
     def __post_init__(self) -> None:
         if self.times not in ("closed-form", "relaxed"):
@@ -96,6 +102,25 @@ class GIDMPlus(Recipe):
             raise InvalidInput(f"rough={self.rough}: expected a share in [0, 1]")
         if self.denoised < 0:
             raise InvalidInput(f"denoised={self.denoised}: expected at least 0")
+
+    def on_group(
+        self,
+        seen: Sequence[Observation],
+        *,
+        generators: Sequence[torch.Generator],
+        engine: Engine = "auto",
+        trials_at_once: int | None = None,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> list[Reconstruction]:
+        if self.times == "relaxed":  # hooks in the network know one trial
+            engine = "loop"
+        return super().on_group(
+            seen,
+            generators=generators,
+            engine=engine,
+            trials_at_once=trials_at_once,
+            progress=progress,
+        )
 
     def compose(self, seen: Sequence[Observation]) -> Objective:
         first = seen[0]
@@ -159,6 +184,43 @@ class GIDMPlus(Recipe):
         return found
 
     def search(self, objective: Objective, start: Variables) -> Search:
+        """Try every start for a while, and go on from each target's best."""
+        leaders = list(dict.fromkeys(objective.targets))
+        if len(leaders) == len(objective.targets):
+            return self._led(objective, start)
+        cuts = halvings(self.restarts) if self.order == "joint" else ()
+        tried = self._descend(self._single(objective), _floats(start), self.trial, cuts)
+        best = [
+            min(
+                (t for t, owner in enumerate(objective.targets) if owner == target),
+                key=lambda t: float(tried.values[t]),
+            )
+            for target in leaders
+        ]
+        ahead = {k: v[best].to(objective.fit.dtype) for k, v in tried.variables.items()}
+        led = self._led(replace(objective, targets=tuple(leaders)), ahead)
+        for place, trial in enumerate(best):
+            for name, value in led.variables.items():
+                tried.variables[name][trial] = value[place].to(tried.variables[name])
+            tried.values[trial] = led.values[place]
+            tried.status[trial] = led.status[place]
+            tried.evaluations[trial] += led.evaluations[place]
+            tried.history[trial] += led.history[place]
+        for trial in set(range(len(objective.targets))) - set(best):
+            tried.status[trial] = "dropped"
+        return tried
+
+    @staticmethod
+    def _single(objective: Objective) -> Objective:
+        """The same in float32."""
+        return replace(
+            objective,
+            unknown=replace(objective.unknown, dtype=torch.float32),
+            fit=Matching(objective.fit.seen, objective.fit.distance, dtype=torch.float32),
+            progress=lambda share: None,
+        )
+
+    def _led(self, objective: Objective, start: Variables) -> Search:
         prior = objective.fit.seen[0].knowledge.prior
         rounds = self.denoised if isinstance(prior, Denoiser) else 0
         share = max(1, self.steps // (rounds + 1))
@@ -192,13 +254,7 @@ class GIDMPlus(Recipe):
         for turn in range(max(1, turns)):
             share = (stage + turn / max(1, turns)) / stages
             objective.progress(share)
-            single = replace(
-                objective,
-                unknown=replace(objective.unknown, dtype=torch.float32),
-                fit=Matching(objective.fit.seen, objective.fit.distance, dtype=torch.float32),
-                progress=lambda share: None,
-            )
-            after = self._descend(single, {k: v.float() for k, v in start.items()}, each)
+            after = self._descend(self._single(objective), _floats(start), each)
             found = after if found is None else _then(found, after)
             start = {k: v.to(objective.fit.dtype) for k, v in found.variables.items()}
             quiet = replace(objective, progress=lambda share: None)
@@ -215,9 +271,11 @@ class GIDMPlus(Recipe):
             found = _then(found, fine)
         return found
 
-    def _descend(self, objective: Objective, start: Variables, steps: int) -> Search:
+    def _descend(
+        self, objective: Objective, start: Variables, steps: int, cuts: Sequence[float] = ()
+    ) -> Search:
         if self.order == "joint":
-            return lbfgs(objective, start, steps=steps)
+            return lbfgs(objective, start, steps=steps, halving=cuts)
         found: Search | None = None
         turns = [name for name in ("inputs", "logits", "noise") if name in start]
         each = max(1, steps // (_TURNS * len(turns)))
@@ -389,6 +447,10 @@ def _with_image(objective: Objective, variables: Variables, images: Tensor) -> V
     change = (variables["inputs"] - images)[:, :, None] * (2 / (high - low))
     moved["noise"] = variables["noise"] + (alpha / (1 - alpha)).sqrt() * change
     return moved
+
+
+def _floats(variables: Variables) -> Variables:
+    return {k: v.float() for k, v in variables.items()}
 
 
 def _then(first: Search, second: Search) -> Search:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from gradleak.attacks.parts.distances import cosine
-from gradleak.attacks.parts.known_noise import check_diffusing, unlabelled
+from gradleak.attacks.parts.known_noise import unlabelled
 from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import Objective
 from gradleak.attacks.parts.penalties import total_variation
@@ -61,7 +61,6 @@ class InvGDM(Recipe):
     budgets: ClassVar = {"quick": {"steps": 300}, "thorough": {"steps": 5000, "restarts": 4}}
 
     def compose(self, seen: Sequence[Observation]) -> Objective:
-        check_diffusing(seen, self.about.id)
         return Objective(
             unknown=Images(
                 seen[0].data,
