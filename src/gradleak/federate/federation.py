@@ -21,7 +21,7 @@ from gradleak.federate.settings import TrainSettings
 from gradleak.federate.topology import Edges, Star
 from gradleak.mechanisms import Denoising, DenoisingAvg, FedAvg, FedSGD
 from gradleak.mechanisms.client import Call, template
-from gradleak.mechanisms.denoising import Diffusing, Draws, carry
+from gradleak.mechanisms.denoising import Diffusing, Draws, carry, check_network
 from gradleak.run.jobs import derive
 from gradleak.run.replies import told
 from gradleak.run.sample_quality import SampleQuality, drawn_images, sample_quality
@@ -197,6 +197,7 @@ def federation(settings: TrainSettings) -> Federation:
     initial = ModelState.of(network)
     if settings.weights is not None:
         initial = models.load_weights(Path(settings.weights), network)
+    check_network(initial.model, core, name=f"--model {settings.model}")
     most = max(map(len, parts))
     summed = None
     if settings.aggregation != "none":

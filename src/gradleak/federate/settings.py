@@ -113,16 +113,9 @@ class TrainSettings:
             InvalidInput: unknown notation, or one that trains another kind of network than `model`.
         """
         core = registry.build("mechanism", self.mechanism, MECHANISMS)
-        denoises = isinstance(core, Diffusing)
         if isinstance(core, Diffusing) and core.carried:
             raise InvalidInput(f"--mechanism {self.mechanism}: carried is no setting of a client's")
-        about = models.MODELS.get(self.model.partition("+")[0])
-        if about is not None and about.denoiser != denoises:
-            wanted = [name for name, other in models.MODELS.items() if other.denoiser == denoises]
-            raise InvalidInput(
-                f"--model {self.model} contradicts --mechanism {core.id}, which trains a "
-                f"{'denoiser' if denoises else 'classifier'}: expected one of {', '.join(wanted)}"
-            )
+        models.check_task(self.model, core)
         return core
 
     @property
