@@ -15,13 +15,13 @@ from torch import Tensor
 
 from gradleak import priors
 from gradleak.errors import CorruptFile, InvalidInput, NotApplicable
-from gradleak.priors import PRIORS, Fitted, Generator
+from gradleak.priors import PRIORS, Denoiser, Fitted, Generator
 from gradleak.types import Batch, DataSpec
 from tests.laws.small import SMALL_PRIORS, SPEC, stream
 
 PROPER = [name for name, family in PRIORS.items() if family.proper]
-SCORED = [name for name, family in PRIORS.items() if family.fitted is not Generator]
-"""All but generators, which draw pictures and have no density."""
+SCORED = [name for name, family in PRIORS.items() if family.fitted not in (Generator, Denoiser)]
+"""All but generators and denoisers, which draw pictures and have no density."""
 PAIR = DataSpec("tabular", (2,), (0.0, 1.0), 2)
 ALPHA = 1e-6
 """P(false failure) of a statistical assertion, over everything that it compares."""

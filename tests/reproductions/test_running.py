@@ -37,6 +37,7 @@ def test_the_files_have_the_promised_form(tmp_path: Path) -> None:
     for row in result["rows"]:
         assert set(row) == {
             "row", "metric", "unit", "paper", "paper_source", "ours", "agrees", "note", "curve",
+            "picture",
         }  # fmt: skip
         assert set(row["ours"]) == {"value", "low", "high", "confidence", "n"}
         assert (row["paper"] is None) == (row["paper_source"] == "unverified")
