@@ -74,10 +74,10 @@ class Block:
 
 def _blocks(budget: str) -> Iterator[Block]:
     if budget == "quick":
-        yield Block("mnist", True, "random", 20, 3)
-        yield Block("mnist", True, "trained", 300, 2)
-        for time in (50, 500):
-            yield Block("mnist", False, "trained", time, 2)
+        yield Block("mnist", True, "random", 20, 2)
+        yield Block("mnist", True, "trained", 300, 1)
+        yield Block("mnist", False, "random", 50, 1)
+        yield Block("mnist", False, "trained", 700, 1)
         return
     for data in ("mnist", "fashion-mnist", "cifar10"):
         for target in TARGETS:
