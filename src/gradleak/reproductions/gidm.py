@@ -299,7 +299,13 @@ def _table(
     for time in times:
         own = {line: found for (line, at), found in lines.items() if at == time}
         first = next(iter(own.values()))
-        yield row("mean image", time, first["mean_image"], "costs no update", first["truths"][0])
+        yield row(
+            "mean image",
+            time,
+            first["mean_image"],
+            "costs no update; below, the truth",
+            first["truths"][0],
+        )
         for line, found in own.items():
             error, likeness = (statistics.median(found[m]) for m in ("mse", "ssim"))
             note = (
