@@ -97,13 +97,12 @@ def _one(
         at = {"units": torch.zeros(1, count, dtype=objective.fit.dtype)}
         found = lbfgs(replace(alone, unknown=units), at, steps=steps, solved=tolerance)
         moving = {k: v.detach() for k, v in units.moved(found.variables["units"]).items()}
+        before, value = found.history[0][0], float(found.values[0])
         evaluations = found.evaluations[0] + count
         if best is not None:
             evaluations += best.evaluations[0]
             found.history[0][:0] = best.history[0]
-        before = found.history[0][0]
         best = replace(found, variables={**moving, **held}, evaluations=[evaluations])
-        value = float(found.values[0])
         objective.progress((number + 1) / rounds)
         if value <= solved or not value < before / _WORTH:
             break
