@@ -39,7 +39,7 @@ def played(mechanism: Mechanism, *facts: Fact, size: int = 1) -> tuple[Observati
 def test_a_digit_is_recovered_from_private_noise_and_time() -> None:
     """The middle of the box gives 10 dB or less; a start in another basin would as well."""
     seen, truth = played(Denoising(timestep=300))
-    claim = GIDMPlus(steps=150, restarts=1)(seen, generator=stream(0))
+    claim = GIDMPlus(steps=60, candidates=4)(seen, generator=stream(0))
     assert gl.metrics.psnr_db(claim.batch, truth) > 40
     assert claim.objective < 1e-6
 
@@ -80,7 +80,7 @@ def test_relaxed_times_have_a_gradient() -> None:
     start = attack.starts(objective, [stream(0)])
     _, gradients = objective.value_and_gradient(start, [0])
     assert gradients["logits"].abs().max() > 0
-    claim = GIDMPlus(times="relaxed", order="alternate", steps=6, trial=2, restarts=2)(
+    claim = GIDMPlus(times="relaxed", order="alternate", steps=6, restarts=2)(
         seen, generator=stream(0)
     )
     assert claim.batch.inputs.shape == (1, 1, 8, 8)
@@ -140,8 +140,8 @@ def test_a_granted_prior_has_its_turns() -> None:
     threat = gl.ThreatModel(gl.ThreatModel().knows | {Fact.PRIOR})
     scenario = gl.Scenario(DIGITS, small(), Denoising(timestep=700), threat=threat, prior=prior)
     seen, _ = gl.simulate(scenario, generator=stream(3))
-    with_prior = GIDMPlus(steps=9, restarts=1)(seen, generator=stream(0))
-    without = GIDMPlus(steps=9, denoised=0, restarts=1)(seen, generator=stream(0))
+    with_prior = GIDMPlus(steps=9, candidates=0)(seen, generator=stream(0))
+    without = GIDMPlus(steps=9, candidates=0, denoised=0)(seen, generator=stream(0))
     assert with_prior.batch.inputs.isfinite().all()
     assert not torch.equal(with_prior.batch.inputs, without.batch.inputs)
 

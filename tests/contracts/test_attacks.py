@@ -29,7 +29,9 @@ from gradleak.types import (
 )
 from tests.laws.small import stream
 
-CHEAP = {"steps": 5, "restarts": 1, "target": 5, "latent_steps": 3, "candidates": 2}
+CHEAP = {
+    "steps": 5, "restarts": 1, "target": 5, "latent_steps": 3, "candidates": 2, "lifting": 5,
+}  # fmt: skip
 ENOUGH = {
     "cafe-published": {"steps": 800},
     "continuation": {"steps": 300},
@@ -42,8 +44,8 @@ ENOUGH = {
     "idlg": {"steps": 300, "restarts": 2},
     "gradinversion": {"steps": 300, "restarts": 2},
     "gi-pip": {"steps": 300},
-    "gidm-plus": {"steps": 150, "restarts": 1, "rough": 0.0},
-    "gidm": {"steps": 60, "latent_steps": 3, "candidates": 2},
+    "gidm-plus": {"steps": 60, "lifting": 50, "candidates": 2, "models": 0},
+    "gidm": {"steps": 60, "latent_steps": 3, "candidates": 2, "lifting": 50},
     "gias": {"steps": 500, "latent_share": 0.2, "restarts": 1},
     "ggl": {"steps": 600},
     "gradient-guided-diffusion": {"steps": 100, "sampling": 1, "learning_rate": 0.03},

@@ -182,7 +182,7 @@ def test_networks_and_mechanisms_that_do_not_fit_are_refused() -> None:
         with_(model="lenet")
     with pytest.raises(InvalidInput, match="is a denoiser: expected --mechanism denoising"):
         with_(mechanism="fedsgd")
-    with pytest.raises(InvalidInput, match="carried is no setting"):
+    with pytest.raises(InvalidInput, match="no settings of a client"):
         with_(mechanism="denoising:carried=true")
     with pytest.raises(InvalidInput, match="--samples 1"):
         with_(samples=1)

@@ -116,7 +116,7 @@ def mechanisms() -> list[dict[str, Any]]:
             "fields": {
                 k: v
                 for k, v in _fields(kind).items()
-                if k not in ("draws", "carried", "batch_norm")
+                if k not in ("draws", "carried", "freed", "batch_norm")
             },
         }
         for name, kind in MECHANISMS.items()

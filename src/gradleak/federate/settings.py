@@ -113,8 +113,10 @@ class TrainSettings:
             InvalidInput: unknown notation, or one that trains another kind of network than `model`.
         """
         core = registry.build("mechanism", self.mechanism, MECHANISMS)
-        if isinstance(core, Diffusing) and core.carried:
-            raise InvalidInput(f"--mechanism {self.mechanism}: carried is no setting of a client's")
+        if isinstance(core, Diffusing) and (core.carried or core.freed):
+            raise InvalidInput(
+                f"--mechanism {self.mechanism}: carried and freed are no settings of a client's"
+            )
         models.check_task(self.model, core)
         return core
 

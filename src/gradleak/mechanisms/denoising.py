@@ -61,6 +61,9 @@ class Diffusing:
         draws: noise and times, as far as they are known; of the attacker's belief, what the threat
             model grants.
         carried: whether inputs carry their draws.
+        freed: whether, instead of image and noise, inputs carry x_t and a residual r, and the loss
+            is (2/n) ⟨f(x_t), r⟩: its gradient is that of the squared error where f − target is r,
+            and is linear in r.
         mixed: planes behind image and noise that carry, instead of t, a share of every time: the
             image is noised to the mean ᾱ, and the network is given the shares (b, T).
     """
@@ -72,6 +75,7 @@ class Diffusing:
     bounds: tuple[float, float] = (0.0, 1.0)
     draws: Draws | None = None
     carried: bool = False
+    freed: bool = False
     mixed: int = 0
     loss: Loss = mse_loss
 
@@ -150,6 +154,8 @@ class Diffusing:
         images, noise = batch.inputs[:, :channels], batch.inputs[:, channels : 2 * channels]
         planes = batch.inputs[:, 2 * channels :].flatten(1)
         times = planes[:, : self.timesteps] if self.mixed else planes[:, 0]
+        if self.freed:
+            return 2 * (network(images, times) * noise).mean()
         low, high = self.bounds
         clean = (images - low) * (2 / (high - low)) - 1
         schedule = self.noise_schedule
@@ -216,7 +222,7 @@ class Denoising(Diffusing, FedSGD):
 def one_step(core: Diffusing) -> Denoising:
     """One step on the loss of `core`, without its draws or a time that it fixes."""
     shared = {each.name: getattr(core, each.name) for each in fields(Diffusing)}
-    return Denoising(**shared | {"timestep": None, "draws": None, "carried": False})
+    return Denoising(**shared | {"timestep": None, "draws": None, "carried": False, "freed": False})
 
 
 def check_network(network: nn.Module, core: Mechanism, *, name: str = "the network") -> None:

@@ -80,12 +80,13 @@ def _blocks(budget: str) -> Iterator[Block]:
         yield Block("mnist", False, "trained", 700, 1)
         return
     for data in ("mnist", "fashion-mnist", "cifar10"):
-        for target in TARGETS:
-            for time in (20, 100, 300):
-                yield Block(data, True, target, time, 16 if target == "random" else 8)
+        yield Block(data, True, "random", 20, 16)
+        yield Block(data, True, "early", 100, 6)
+        for time in (20, 100, 300):
+            yield Block(data, True, "trained", time, 6)
         for target in TARGETS[::2]:
-            for time in (20, 50, 150, 300, 500, 700, 900):
-                yield Block(data, False, target, time, 8)
+            for time in (50, 150, 300, 500, 700, 900):
+                yield Block(data, False, target, time, 6)
 
 
 class Gidm(Reproduction):

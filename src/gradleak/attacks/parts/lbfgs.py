@@ -7,7 +7,7 @@ Each round evaluates the points of all live trials together, so trials never wai
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ Evaluated = tuple[float, Vector]
 
 _SUFFICIENT, _CURVATURE = 1e-4, 0.9
 _TRIES = 25
+_WATCHED = 50
 
 
 def lbfgs(
@@ -34,6 +35,7 @@ def lbfgs(
     history: int = 100,
     solved: Sequence[float] | None = None,
     halving: Sequence[float] = (),
+    watch: Callable[[Search], bool] = lambda found: False,
 ) -> Search:
     """Minimise every trial by L-BFGS (Nocedal & Wright, Numerical Optimization, 2006, ch. 7.2).
 
@@ -48,6 +50,7 @@ def lbfgs(
         solved: per target, the objective at or below which it counts as solved.
         halving: shares of `steps`, counted in evaluations, after which every target drops the
             worse half of the trials that still run.
+        watch: shown what was found so far after every 50 evaluations; true ends the search.
     """
     best = Best(start)
     tolerance = solved or [-math.inf] * (max(objective.targets) + 1)
@@ -85,7 +88,7 @@ def lbfgs(
         if round_ + 1 in cuts:
             for trial in best.drop_worse_half(list(wanted), objective.targets):
                 del wanted[trial]
-        if not wanted:
+        if not wanted or ((round_ + 1) % _WATCHED == 0 and watch(best.search())):
             break
     return best.search()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
+from torch import Tensor
 
 from gradleak.attacks.parts.distances import cosine, squared_l2
 from gradleak.attacks.parts.granted import granted
@@ -19,15 +20,27 @@ from gradleak.attacks.parts.known_noise import (
     relative,
     unlabelled,
 )
+from gradleak.attacks.parts.lifting import lift, liftable
 from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import Objective
 from gradleak.attacks.parts.search import Search, adam
 from gradleak.attacks.parts.unknowns import Variables
 from gradleak.attacks.recipe import Recipe
+from gradleak.defenses import undefended
 from gradleak.errors import InvalidInput
+from gradleak.mechanisms import Diffusing
 from gradleak.priors import Denoiser
 from gradleak.seeding import child
 from gradleak.types import About, Fact, Observation
+
+_PIXELS, _LIFTING = 0.3, 0.8
+"""Shares of progress: of both phases, of all; of the candidates, of what follows them."""
+_STUCK = 1e-4
+"""Objective from which a trial counts as stuck."""
+_ALONE = 100
+"""Steps on the best of them, before the noise is held to what it was."""
+_BALANCE = 0.5
+"""β of the candidates' distance."""
 
 LatentFit = Literal["cosine", "squared_l2"]
 
@@ -43,6 +56,8 @@ class GIDM(Recipe):
         z ~ N(0, 1), one number per pixel; of several, the one that explains the update best
         Adam on z, through every step of a deterministic sampler
         x = DDIM(z*); L-BFGS on x
+        where that ends far from explaining the update: many images of the prior at once, until
+        one of them explains it alone (`parts.lifting`); L-BFGS on it
         keep the restart with the lowest objective
 
     Args:
@@ -56,6 +71,7 @@ class GIDM(Recipe):
         learning_rate: of Adam on the pixels, constant.
         tolerance: L-BFGS ends at this objective.
         restarts: independent z; the objective chooses.
+        lifting: steps of L-BFGS on many images at most; 0 for none.
     """
 
     steps: int = 500
@@ -68,6 +84,7 @@ class GIDM(Recipe):
     learning_rate: float = 0.01
     tolerance: float = 1e-10
     restarts: int = 1
+    lifting: int = 800
 
     about: ClassVar[About] = About(
         id="gidm",
@@ -84,6 +101,8 @@ class GIDM(Recipe):
             "GIDM.published() has the published one latent, 2501 and 5001 steps of Adam at 0.01 "
             "and 16 of DDIM",
             "the distance is divided by ‖u‖², which Adam does not notice but for its ε of 1e-8",
+            "where the pixels end far from explaining the update, many images of the prior explain "
+            "it together first",
             "the best iterate is kept (published: the last)",
             "the prior is a small U-Net of ours (published: 64 channels, trained on CelebA-HQ)",
             "the claim is clamped into the data's bounds at the end",
@@ -116,6 +135,7 @@ class GIDM(Recipe):
             steps=5001,
             optimiser="adam",
             learning_rate=0.01,
+            lifting=0,
         )
 
     def compose(self, seen: Sequence[Observation]) -> Objective:
@@ -167,7 +187,55 @@ class GIDM(Recipe):
         if not self.steps:
             scores = objective.scores(images, objective.targets)
             return replace(drawn, variables=images, values=scores.double().cpu())
-        return followed(drawn, self.refine(part(objective, share, 1), images))
+        share, end = (p * (_PIXELS if self.lifting else 1) for p in (share, 1))
+        found = followed(drawn, self.refine(part(objective, share, end), images))
+        return self._lifted(part(objective, end, 1), found, images["inputs"])
+
+    def _lifted(self, objective: Objective, found: Search, drawn: Tensor) -> Search:
+        """Go on, from many images at once, with the trials that explain their update badly."""
+        core = undefended(objective.fit.mechanism)
+        assert isinstance(core, Diffusing)
+        stuck = [t for t, value in enumerate(found.values.tolist()) if not value <= _STUCK]
+        if not self.lifting or not stuck or not liftable(objective.fit.seen[0]):
+            return found
+        known, rows = core.draws, []
+        assert known is not None
+        assert known.times is not None
+        assert known.noise is not None
+        for number, trial in enumerate(stuck):
+            seen = objective.fit.seen[objective.targets[trial]]
+            stream = child(objective.streams[objective.targets[trial]], f"lifting/{trial}")
+            b, shape = objective.unknown.batch_size, objective.unknown.spec.shape
+            prior = granted([seen], Denoiser, trained="diffusion")
+            images = prior.sample(b * self.candidates, generator=stream)
+            images = torch.cat([drawn[trial][:, None], images.view(b, -1, *shape)], 1)
+            share = (_LIFTING * (number + i) / len(stuck) for i in (0, 1))
+            rows.append(
+                lift(
+                    seen,
+                    images,
+                    known.times[:, 0],
+                    noise=known.noise[:, 0],
+                    generator=stream,
+                    steps=self.lifting,
+                    alone=_ALONE,
+                    balance=_BALANCE,
+                    progress=part(objective, *share).progress,
+                )
+            )
+        again = replace(
+            part(objective, _LIFTING, 1), targets=tuple(objective.targets[t] for t in stuck)
+        )
+        start = {"inputs": torch.stack([r.images for r in rows]).to(objective.fit.dtype)}
+        led = self.refine(again, start)
+        for place, trial in enumerate(stuck):
+            found.evaluations[trial] += rows[place].evaluations + led.evaluations[place]
+            found.history[trial] += led.history[place]
+            if float(led.values[place]) < float(found.values[trial]):
+                found.variables["inputs"][trial] = led.variables["inputs"][place]
+                found.values[trial] = led.values[place]
+                found.status[trial] = led.status[place]
+        return found
 
     def refine(self, objective: Objective, start: Variables) -> Search:
         return pixel_phase(

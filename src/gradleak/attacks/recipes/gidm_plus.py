@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from gradleak.attacks.closed_form.timesteps import recovered_times, time_inputs
 from gradleak.attacks.parts.distances import relative_squares, relative_weights
 from gradleak.attacks.parts.gauss_newton import MOST, gauss_newton
+from gradleak.attacks.parts.known_noise import part
 from gradleak.attacks.parts.lbfgs import lbfgs
+from gradleak.attacks.parts.lifting import Lifted, lift, liftable
 from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import Engine, Objective
-from gradleak.attacks.parts.search import Search, halvings
+from gradleak.attacks.parts.search import Search
 from gradleak.attacks.parts.unknowns import Unknown, Variables
 from gradleak.attacks.recipe import Recipe
 from gradleak.defenses import rebased, undefended
@@ -39,20 +41,26 @@ class GIDMPlus(Recipe):
     An honest server that knows neither the noise nor the time of its client. The time is read off
     the gradients of layers that see nothing else (`closed_form.timesteps`), or is granted, or is
     searched for as softmax weights over all T, which mix embeddings and ᾱ differentiably. Image
-    and noise are then varied together, the image from its public mean, the noise from N(0, 1):
+    and noise are then varied together, from images of the prior, or noise, and ε ~ N(0, 1):
 
         t in closed form
+        many candidates (x, ε) at once, until one explains the update alone (`parts.lifting`)
         L-BFGS on (x, ε) in float32; then in the units of a Gauss–Newton model, in float64; again
         with a diffusion prior: σ of the estimate by the prior's own ε̂; x ← E[x | x + σ n]; again
 
     Args:
-        steps: accepted steps of L-BFGS per restart, over all stages.
+        steps: accepted steps of L-BFGS per restart on images and noise alone, over all stages;
+            after `candidates` the first half has residuals in place of noise, where the update is
+            linear.
         models: turns that the steps are cut into, each followed by a Gauss–Newton model; 0 for
             none.
-        trial: steps of L-BFGS besides, in which of several restarts the worse half is dropped again
-            and again: three starts of four end in another basin.
-        restarts: independent starts of the noise; the objective chooses. Where times repeat, each
-            takes another way to share them.
+        restarts: independent starts; the objective chooses.
+        candidates: of every image, that explain the update together at first: three single starts
+            of four end in another basin. 0 for one alone, which other than squared errors, several
+            visits of an image, and granted noise have, too.
+        lifting: steps of L-BFGS on all candidates at most; the first that explains the update alone
+            ends them.
+        lifted_balance: β of these.
         times: how t is found where it is not granted.
         order: x and ε (and t) together, or x, then t, then ε in turns, as published.
         rough: share of the steps in float32, where there are no models.
@@ -62,8 +70,10 @@ class GIDMPlus(Recipe):
 
     steps: int = 1000
     models: int = 4
-    restarts: int = 8
-    trial: int = 300
+    restarts: int = 1
+    candidates: int = 16
+    lifting: int = 800
+    lifted_balance: float = 0.5
     times: Literal["closed-form", "relaxed"] = "closed-form"
     order: Literal["joint", "alternate"] = "joint"
     rough: float = 0.8
@@ -85,12 +95,12 @@ class GIDMPlus(Recipe):
             "times in closed form, or by a differentiable mixture; the published code passes an "
             "argmax, which has no gradient",
             "image and noise together by L-BFGS; published: Adam in turns",
-            "starts from the public mean, or grey, and not from a latent of the prior",
+            "many candidates at first, whose gradients add up; published: one",
         ),
     )
     budgets: ClassVar = {
-        "quick": {"steps": 500, "restarts": 4},
-        "thorough": {"steps": 4000, "restarts": 16},
+        "quick": {"steps": 500, "lifting": 400},
+        "thorough": {"steps": 4000, "lifting": 3000, "candidates": 32},
     }
 
     def __post_init__(self) -> None:
@@ -184,31 +194,53 @@ class GIDMPlus(Recipe):
         return found
 
     def search(self, objective: Objective, start: Variables) -> Search:
-        """Try every start for a while, and go on from each target's best."""
-        leaders = list(dict.fromkeys(objective.targets))
-        if len(leaders) == len(objective.targets):
+        if not self.candidates or self.order != "joint" or not {"noise", "times"} <= start.keys():
             return self._led(objective, start)
-        cuts = halvings(self.restarts) if self.order == "joint" else ()
-        tried = self._descend(self._single(objective), _floats(start), self.trial, cuts)
-        best = [
-            min(
-                (t for t, owner in enumerate(objective.targets) if owner == target),
-                key=lambda t: float(tried.values[t]),
+        if not all(liftable(seen) for seen in objective.fit.seen):
+            return self._led(objective, start)
+        start = {k: v.clone() for k, v in start.items()}
+        spent = []
+        for trial, target in enumerate(objective.targets):
+            low, high = (_LIFTING * i / len(objective.targets) for i in (trial, trial + 1))
+            found = self._lifted(part(objective, low, high), target, trial, start["times"][trial])
+            for name, value in (
+                ("inputs", found.images),
+                ("noise", found.noise[:, None]),
+                ("times", found.times[:, None]),
+            ):
+                start[name][trial] = value
+            spent.append(found.evaluations)
+        rest = replace(self, steps=max(1, self.steps - self.steps // 2))
+        led = rest._led(part(objective, _LIFTING, 1), start)
+        return replace(
+            led, evaluations=[a + b for a, b in zip(led.evaluations, spent, strict=True)]
+        )
+
+    def _lifted(self, objective: Objective, target: int, trial: int, times: Tensor) -> Lifted:
+        """Where one trial's search begins, by many candidates."""
+        unknown, seen = objective.unknown, objective.fit.seen[target]
+        stream = child(objective.streams[target], f"candidates/{trial}")
+        count = unknown.batch_size * self.candidates
+        prior = seen.knowledge.prior
+        low, high = unknown.spec.bounds
+        if prior is not None:
+            images = prior.sample(count, generator=child(stream, "images"))
+        else:
+            drawn = normal(
+                (count, *unknown.spec.shape), generator=child(stream, "images"), dtype=torch.float32
             )
-            for target in leaders
-        ]
-        ahead = {k: v[best].to(objective.fit.dtype) for k, v in tried.variables.items()}
-        led = self._led(replace(objective, targets=tuple(leaders)), ahead)
-        for place, trial in enumerate(best):
-            for name, value in led.variables.items():
-                tried.variables[name][trial] = value[place].to(tried.variables[name])
-            tried.values[trial] = led.values[place]
-            tried.status[trial] = led.status[place]
-            tried.evaluations[trial] += led.evaluations[place]
-            tried.history[trial] += led.history[place]
-        for trial in set(range(len(objective.targets))) - set(best):
-            tried.status[trial] = "dropped"
-        return tried
+            images = (low + high) / 2 + (high - low) / 4 * drawn
+        return lift(
+            seen,
+            images.view(unknown.batch_size, self.candidates, *unknown.spec.shape),
+            times[:, 0].long(),
+            noise=None,
+            generator=child(stream, "noise"),
+            steps=self.lifting,
+            alone=self.steps // 2,
+            balance=self.lifted_balance,
+            progress=objective.progress,
+        )
 
     @staticmethod
     def _single(objective: Objective) -> Objective:
@@ -271,11 +303,9 @@ class GIDMPlus(Recipe):
             found = _then(found, fine)
         return found
 
-    def _descend(
-        self, objective: Objective, start: Variables, steps: int, cuts: Sequence[float] = ()
-    ) -> Search:
+    def _descend(self, objective: Objective, start: Variables, steps: int) -> Search:
         if self.order == "joint":
-            return lbfgs(objective, start, steps=steps, halving=cuts)
+            return lbfgs(objective, start, steps=steps)
         found: Search | None = None
         turns = [name for name in ("inputs", "logits", "noise") if name in start]
         each = max(1, steps // (_TURNS * len(turns)))
@@ -295,7 +325,9 @@ class GIDMPlus(Recipe):
     fit = objective
 
 
-_NEAR = 1e-2
+_LIFTING = 0.6
+"""Share of the work that candidates have."""
+_NEAR = 1e-6
 """Objective below which a model of the curvature helps; further off it leads astray."""
 _SOLVED = 1e-18
 """Objective at which a search ends."""
