@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 import gradleak as gl
+from gradleak.attacks.parts.distances import relative_squares
 from gradleak.attacks.parts.lifting import Lifted, _strongest, lift, liftable
+from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.recipes.gidm import GIDM
 from gradleak.defenses import rebased
 from gradleak.mechanisms import Denoising, DenoisingAvg, FedSGD
@@ -110,3 +114,28 @@ def test_clients_that_are_not_one_squared_error() -> None:
 
 def test_the_published_constants_know_nothing_of_it() -> None:
     assert GIDM.published().lifting == 0
+
+
+def squares(seen: Observation) -> float:
+    return sum(float((v**2).sum()) for v in seen.update.values.values())
+
+
+def test_noise_that_the_client_adds_is_forgiven() -> None:
+    """A claim can be no better than the noise: the search ends there, and does not go on for it."""
+    client = Denoising(timestep=300)
+    plain, _ = played(client)
+    count = sum(v.numel() for v in plain.update.values.values())
+    std = (0.05 * squares(plain) / count) ** 0.5
+    seen, truth = played(gl.defenses.GaussianNoise(std=std)(client))
+    told, _ = played(seen.mechanism, Fact.TIMESTEPS, Fact.NOISE)
+    fit = Matching([told], relative_squares, dtype=torch.float32)
+    left = fit.noise(truth, 0, generator=stream(1))
+    assert left == pytest.approx(std**2 * count / squares(told), rel=0.05)
+    certain = Matching([plain], relative_squares, dtype=torch.float32)
+    assert certain.noise(truth, 0, generator=stream(1)) == 0
+    found = lifted(seen, [300], steps=400)
+    weighted = Matching([told], partial(relative_squares, balance=0.5), dtype=torch.float32)
+    left = weighted.noise(truth, 0, generator=stream(1))
+    assert 0.8 * left < found.value < 1.2 * left
+    assert found.evaluations < 300
+    assert psnr_db(Batch(found.images.clamp(0, 1), truth.labels), truth) > 15

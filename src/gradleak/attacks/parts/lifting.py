@@ -43,7 +43,9 @@ _GAP = 0.1
 _ALONE = 60
 """Steps of such a trial."""
 _SETTLED = 3e-3
-"""Objective of a trial that ends the search: so far down, only the right basin leads."""
+"""Objective of a trial that ends the search, beside noise: so far down, only one basin leads."""
+_NOISY = 1.05
+"""Noise of the client that an objective is forgiven, over what such noise is expected to leave."""
 _ROUNDING = 1e-13
 """Objective that float32 ends at."""
 _ALIKE = 0.5
@@ -124,7 +126,9 @@ def lift(
     start = candidates.placed(images.flatten(0, 1).float(), generator)
     objective = Objective(unknown=candidates, fit=fit, progress=progress)
     groups = owners if noise is not None else torch.unique(times, return_inverse=True)[1][owners]
-    trials = _Trials(objective, groups, b, min(_ALONE, steps), balance)
+    inputs, labels = candidates.decode(start, ())
+    floor = fit.noise(Batch(inputs[0], labels[0]), 0, generator=generator)
+    trials = _Trials(objective, groups, b, min(_ALONE, steps), balance, floor)
     size = start["residual"].numel()
     least, most = _HISTORY
     found = lbfgs(
@@ -244,16 +248,19 @@ class _Trials:
     size: int
     steps: int
     balance: float
+    floor: float
     best: Objective | None = None
     found: Search = field(init=False)
     evaluations: int = 0
 
     @property
     def settled(self) -> bool:
-        return self.best is not None and float(self.found.values[0]) <= _SETTLED
+        return self.best is not None and float(self.found.values[0]) <= (
+            _SETTLED + _NOISY * self.floor
+        )
 
     def watch(self, ahead: Search) -> bool:
-        self.attempt(ahead, gap=_GAP)
+        self.attempt(ahead, gap=_GAP + self.floor)
         return self.settled
 
     def attempt(self, ahead: Search, *, gap: float) -> None:

@@ -15,7 +15,7 @@ from gradleak.attacks.parts.client import differentiable_twice
 from gradleak.attacks.parts.distances import Distance
 from gradleak.attacks.parts.fast import FastFit
 from gradleak.attacks.parts.plain import PlainFit
-from gradleak.errors import InvalidInput
+from gradleak.errors import IntractableLikelihood, InvalidInput
 from gradleak.types import Batch, Mechanism, ModelState, Observation, Update, cast
 
 
@@ -123,6 +123,19 @@ class Matching:
     def fast(self) -> FastFit | None:
         """The same distances by closed forms, where these are known to cover the network."""
         return FastFit.of(self)
+
+    def noise(self, batch: Batch, target: int, *, generator: torch.Generator) -> float:
+        """D that the client's noise alone leaves, drawn once; 0 where its density is not known."""
+        mechanism = self.mechanism
+        try:
+            centre = mechanism.likelihood(batch_size=len(batch)).centre
+        except IntractableLikelihood:
+            return 0.0
+        received = {name: self.received[target][name] for name in self.compared}
+        mean = centre.mean(self.state, batch).values
+        drawn = mechanism.sample(self.state, batch, generator=generator).values
+        noised = {name: value + drawn[name] - mean[name] for name, value in received.items()}
+        return float(self.distance(noised, received))
 
     def norm(self, target: int) -> float:
         """L2 norm of the update received from `target`."""

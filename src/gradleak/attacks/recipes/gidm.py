@@ -31,12 +31,13 @@ from gradleak.errors import InvalidInput
 from gradleak.mechanisms import Diffusing
 from gradleak.priors import Denoiser
 from gradleak.seeding import child
-from gradleak.types import About, Fact, Observation
+from gradleak.types import About, Batch, Fact, Observation
 
 _PIXELS, _LIFTING = 0.3, 0.8
 """Shares of progress: of both phases, of all; of the candidates, of what follows them."""
 _STUCK = 1e-4
-"""Objective from which a trial counts as stuck."""
+"""Objective from which a trial counts as stuck, beside noise."""
+_NOISY = 1.05
 _ALONE = 100
 """Steps on the best of them, before the noise is held to what it was."""
 _BALANCE = 0.5
@@ -195,7 +196,7 @@ class GIDM(Recipe):
         """Go on, from many images at once, with the trials that explain their update badly."""
         core = undefended(objective.fit.mechanism)
         assert isinstance(core, Diffusing)
-        stuck = [t for t, value in enumerate(found.values.tolist()) if not value <= _STUCK]
+        stuck = [t for t in range(len(found.values)) if self._stuck(objective, found, t)]
         if not self.lifting or not stuck or not liftable(objective.fit.seen[0]):
             return found
         known, rows = core.draws, []
@@ -236,6 +237,15 @@ class GIDM(Recipe):
                 found.values[trial] = led.values[place]
                 found.status[trial] = led.status[place]
         return found
+
+    def _stuck(self, objective: Objective, found: Search, trial: int) -> bool:
+        """Whether a claim leaves more of the update unexplained than noise would."""
+        target = objective.targets[trial]
+        images = found.variables["inputs"][[trial]]
+        inputs, labels = objective.unknown.decode({"inputs": images}, [target])
+        stream = child(objective.streams[target], f"noise/{trial}")
+        noise = objective.fit.noise(Batch(inputs[0], labels[0]), target, generator=stream)
+        return not float(found.values[trial]) <= _STUCK + _NOISY * objective.fit_weight * noise
 
     def refine(self, objective: Objective, start: Variables) -> Search:
         return pixel_phase(
