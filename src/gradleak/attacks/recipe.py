@@ -35,6 +35,9 @@ class Recipe(ABC):
     copies: ClassVar[int] = 400
     """Copies of its variables that a search keeps at most: L-BFGS fills 2 · 2 · 100 vectors."""
 
+    crowd: ClassVar[int] = 1
+    """Candidates of every example that a step holds at most."""
+
     steps: int
     restarts: int
     halving: bool = False

@@ -113,11 +113,15 @@ class GIDM(Recipe):
     copies: ClassVar = 2000  # up to 500 curvature pairs
     budgets: ClassVar = {"quick": {"steps": 150}, "thorough": {"steps": 1000, "restarts": 4}}
 
+    @property
+    def crowd(self) -> int:  # type: ignore[override]
+        return self.candidates + 1 if self.lifting else 1
+
     def __post_init__(self) -> None:
-        if min(self.candidates, self.latent_steps) < 1 or self.steps < 0:
+        if min(self.candidates, self.latent_steps) < 1 or min(self.steps, self.lifting) < 0:
             raise InvalidInput(
                 f"candidates={self.candidates}, latent_steps={self.latent_steps}, "
-                f"steps={self.steps}: expected at least 1, 1 and 0"
+                f"steps={self.steps}, lifting={self.lifting}: expected at least 1, 1, 0 and 0"
             )
 
     @classmethod

@@ -103,6 +103,10 @@ class GIDMPlus(Recipe):
         "thorough": {"steps": 4000, "lifting": 3000, "candidates": 32},
     }
 
+    @property
+    def crowd(self) -> int:  # type: ignore[override]
+        return max(1, self.candidates)
+
     def __post_init__(self) -> None:
         if self.times not in ("closed-form", "relaxed"):
             raise InvalidInput(f"times={self.times}: expected closed-form or relaxed")
@@ -110,8 +114,11 @@ class GIDMPlus(Recipe):
             raise InvalidInput(f"order={self.order}: expected joint or alternate")
         if not 0 <= self.rough <= 1:
             raise InvalidInput(f"rough={self.rough}: expected a share in [0, 1]")
-        if self.denoised < 0:
-            raise InvalidInput(f"denoised={self.denoised}: expected at least 0")
+        if min(self.denoised, self.candidates) < 0 or self.lifting < 1:
+            raise InvalidInput(
+                f"denoised={self.denoised}, candidates={self.candidates}, lifting={self.lifting}: "
+                "expected at least 0, 0 and 1"
+            )
 
     def on_group(
         self,
