@@ -59,7 +59,7 @@ def main() -> None:
         state = ModelState.of(network)
         known = slow(state, DATA.spec.shape, 1000)
         timesteps.time_inputs = lambda *_, k=known: k
-        for size in (1, 2, 4):
+        for size in (1, 2, 3, 4):
             exact = {"first": 0, "all": 0}
             noise = {(r, layers): 0 for r in RATIOS for layers in exact}
             stds = {r: [] for r in RATIOS}
