@@ -16,7 +16,7 @@ from gradleak.defenses import rebased
 from gradleak.mechanisms import Denoising, DenoisingAvg, FedSGD
 from gradleak.mechanisms.denoising import carry
 from gradleak.metrics import psnr_db
-from gradleak.types import Batch, Fact, Observation
+from gradleak.types import Batch, Fact, Mechanism, Observation
 from tests.attacks.test_gidm_plus import DIGITS, played, small
 from tests.laws.small import stream
 
@@ -62,8 +62,9 @@ def lifted(seen: Observation, times: list[int], *, each: int = 4, steps: int = 1
     )
 
 
-def test_one_of_many_candidates_is_the_image() -> None:
-    seen, truth = played(Denoising(timestep=300))
+@pytest.mark.parametrize("client", [Denoising(timestep=300), DenoisingAvg(timestep=300)])
+def test_one_of_many_candidates_is_the_image(client: Mechanism) -> None:
+    seen, truth = played(client)
     found = lifted(seen, [300])
     assert found.value < 3e-3
     assert psnr_db(Batch(found.images.clamp(0, 1), truth.labels), truth) > 20
@@ -107,6 +108,7 @@ def test_the_strongest_of_every_group_and_then_the_rest() -> None:
 def test_clients_that_are_not_one_squared_error() -> None:
     assert liftable(played(Denoising())[0])
     assert liftable(played(gl.defenses.GaussianNoise(std=0.1)(Denoising()))[0])
+    assert liftable(played(DenoisingAvg())[0])
     assert not liftable(played(DenoisingAvg(epochs=2, minibatch_size=1))[0])
     scenario = gl.Scenario(DIGITS, gl.models.build("mlp", DIGITS.spec, seed=0), FedSGD())
     assert not liftable(gl.simulate(scenario, generator=stream(0))[0])

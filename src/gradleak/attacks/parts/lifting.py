@@ -31,7 +31,7 @@ from gradleak.attacks.parts.search import Search
 from gradleak.attacks.parts.unknowns import Unknown, Variables
 from gradleak.defenses import rebased, undefended
 from gradleak.denoising import Schedule
-from gradleak.mechanisms import Denoising
+from gradleak.mechanisms import Denoising, DenoisingAvg, Diffusing
 from gradleak.mechanisms.client import template
 from gradleak.seeding import normal
 from gradleak.types import Batch, Observation
@@ -74,8 +74,10 @@ class Lifted:
 
 def liftable(seen: Observation) -> bool:
     """Whether a client's update is one gradient of a squared error of denoising."""
-    core = undefended(seen.mechanism)
-    return isinstance(core, Denoising) and core.loss is torch.nn.functional.mse_loss
+    core, size = undefended(seen.mechanism), seen.knowledge.batch_size or 1
+    steps = core.local_steps(size) if isinstance(core, DenoisingAvg) else 1
+    squared = isinstance(core, Diffusing) and core.loss is torch.nn.functional.mse_loss
+    return squared and steps == 1
 
 
 def lift(
@@ -104,7 +106,8 @@ def lift(
         progress: told the share of the steps made.
     """
     b, each = images.shape[:2]
-    freed = rebased(seen.mechanism, carried=True, freed=True, draws=None)
+    whole = {"minibatch_size": None, "fixed_order": None}  # one step, as `liftable` has it
+    freed = rebased(seen.mechanism, carried=True, freed=True, draws=None, **whole)
     fit = Matching(
         [replace(seen, mechanism=freed)],
         partial(relative_squares, balance=balance),
@@ -337,7 +340,7 @@ def _strongest(weights: Tensor, noised: Tensor, groups: Tensor, size: int) -> Te
     return torch.tensor(sorted((chosen + twins)[:size]))
 
 
-def _core(fit: Matching) -> Denoising:
+def _core(fit: Matching) -> Denoising | DenoisingAvg:
     core = undefended(fit.mechanism)
-    assert isinstance(core, Denoising)
+    assert isinstance(core, Denoising | DenoisingAvg)
     return core
