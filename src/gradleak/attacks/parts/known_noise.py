@@ -7,7 +7,7 @@ gradient inversion as of a classifier, whose targets are known and whose labels 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,16 +16,27 @@ from torch import Tensor
 
 from gradleak.attacks.parts.known_labels import known_or_recovered
 from gradleak.attacks.parts.lbfgs import lbfgs
+from gradleak.attacks.parts.lifting import FORGIVEN, lift, liftable
 from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import Objective
 from gradleak.attacks.parts.search import Search, adam
 from gradleak.attacks.parts.unknowns import Images, Variables
+from gradleak.defenses import undefended
+from gradleak.mechanisms import Diffusing
 from gradleak.priors import Denoiser
 from gradleak.seeding import child, normal
-from gradleak.types import Observation
+from gradleak.types import Batch, Observation
 
 Optimiser = Literal["lbfgs", "adam"]
 
+_STUCK = 1e-4
+"""Objective from which a trial counts as stuck, beside noise."""
+_ALONE = 100
+"""Steps on the best of many images, before the noise is held to what it was."""
+_BALANCE = 0.5
+"""β of the distance that many images minimise."""
+_LIFTING = 0.8
+"""Their share of the rescue's progress."""
 _HISTORY, _LEAST_HISTORY, _COORDINATES = 500, 100, 4_000_000
 """Curvature pairs of L-BFGS, as far as memory is cheap: near the truth the squared distance is a
 quadratic in few pixels, and more pairs know it better."""
@@ -97,6 +108,71 @@ def pixel_phase(
     pixels = start["inputs"][0].numel()
     history = max(_LEAST_HISTORY, min(_HISTORY, _COORDINATES // pixels))
     return lbfgs(objective, start, steps=steps, history=history, solved=solved)
+
+
+def rescued(
+    objective: Objective,
+    found: Search,
+    candidates: Callable[[int, torch.Generator], Tensor],
+    refine: Callable[[Objective, Variables], Search],
+    *,
+    steps: int,
+) -> Search:
+    """Go on, from many images at once, with the trials that explain their update badly.
+
+    Args:
+        objective: of images; its fit is the squared distance.
+        found: by a search from one image each; changed in place.
+        candidates: (trial, stream) → images (b, P, *shape) that begin.
+        refine: the search that follows, from one image each.
+        steps: of all candidates together at most.
+    """
+    core = undefended(objective.fit.mechanism)
+    if not isinstance(core, Diffusing) or core.draws is None:
+        return found
+    times, noise = core.draws.times, core.draws.noise
+    stuck = [t for t in range(len(found.values)) if _stuck(objective, found, t)]
+    if not stuck or times is None or noise is None or not liftable(objective.fit.seen[0]):
+        return found
+    rows = []
+    for number, trial in enumerate(stuck):
+        stream = child(objective.streams[objective.targets[trial]], f"lifting/{trial}")
+        share = (_LIFTING * (number + i) / len(stuck) for i in (0, 1))
+        rows.append(
+            lift(
+                objective.fit.seen[objective.targets[trial]],
+                candidates(trial, child(stream, "images")),
+                times[:, 0],
+                noise=noise[:, 0],
+                generator=stream,
+                steps=steps,
+                alone=_ALONE,
+                balance=_BALANCE,
+                progress=part(objective, *share).progress,
+            )
+        )
+    targets = tuple(objective.targets[t] for t in stuck)
+    start = {"inputs": torch.stack([r.images for r in rows]).to(objective.fit.dtype)}
+    led = refine(replace(part(objective, _LIFTING, 1), targets=targets), start)
+    for place, trial in enumerate(stuck):
+        found.evaluations[trial] += rows[place].evaluations + led.evaluations[place]
+        found.history[trial] += led.history[place]
+        if float(led.values[place]) < float(found.values[trial]):
+            found.variables["inputs"][trial] = led.variables["inputs"][place]
+            found.values[trial] = led.values[place]
+            found.status[trial] = led.status[place]
+    return found
+
+
+def _stuck(objective: Objective, found: Search, trial: int) -> bool:
+    """Whether a claim leaves more of the update unexplained than noise would."""
+    target = objective.targets[trial]
+    inputs, labels = objective.unknown.decode(
+        {"inputs": found.variables["inputs"][[trial]]}, [target]
+    )
+    stream = child(objective.streams[target], f"noise/{trial}")
+    noise = objective.fit.noise(Batch(inputs[0], labels[0]), target, generator=stream)
+    return not float(found.values[trial]) <= _STUCK + FORGIVEN * objective.fit_weight * noise
 
 
 def relative(fit: Matching) -> float:

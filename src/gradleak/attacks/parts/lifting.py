@@ -44,7 +44,7 @@ _ALONE = 60
 """Steps of such a trial."""
 _SETTLED = 3e-3
 """Objective of a trial that ends the search, beside noise: so far down, only one basin leads."""
-_NOISY = 1.05
+FORGIVEN = 1.05
 """Noise of the client that an objective is forgiven, over what such noise is expected to leave."""
 _ROUNDING = 1e-13
 """Objective that float32 ends at."""
@@ -259,7 +259,7 @@ class _Trials:
     @property
     def settled(self) -> bool:
         return self.best is not None and float(self.found.values[0]) <= (
-            _SETTLED + _NOISY * self.floor
+            _SETTLED + FORGIVEN * self.floor
         )
 
     def watch(self, ahead: Search) -> bool:

@@ -18,30 +18,21 @@ from gradleak.attacks.parts.known_noise import (
     part,
     pixel_phase,
     relative,
+    rescued,
     unlabelled,
 )
-from gradleak.attacks.parts.lifting import lift, liftable
 from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import Objective
 from gradleak.attacks.parts.search import Search, adam
 from gradleak.attacks.parts.unknowns import Variables
 from gradleak.attacks.recipe import Recipe
-from gradleak.defenses import undefended
 from gradleak.errors import InvalidInput
-from gradleak.mechanisms import Diffusing
 from gradleak.priors import Denoiser
 from gradleak.seeding import child
-from gradleak.types import About, Batch, Fact, Observation
+from gradleak.types import About, Fact, Observation
 
-_PIXELS, _LIFTING = 0.3, 0.8
-"""Shares of progress: of both phases, of all; of the candidates, of what follows them."""
-_STUCK = 1e-4
-"""Objective from which a trial counts as stuck, beside noise."""
-_NOISY = 1.05
-_ALONE = 100
-"""Steps on the best of them, before the noise is held to what it was."""
-_BALANCE = 0.5
-"""β of the candidates' distance."""
+_PIXELS = 0.3
+"""Share of progress that both phases have, before many images at once."""
 
 LatentFit = Literal["cosine", "squared_l2"]
 
@@ -194,62 +185,18 @@ class GIDM(Recipe):
             return replace(drawn, variables=images, values=scores.double().cpu())
         share, end = (p * (_PIXELS if self.lifting else 1) for p in (share, 1))
         found = followed(drawn, self.refine(part(objective, share, end), images))
-        return self._lifted(part(objective, end, 1), found, images["inputs"])
-
-    def _lifted(self, objective: Objective, found: Search, drawn: Tensor) -> Search:
-        """Go on, from many images at once, with the trials that explain their update badly."""
-        core = undefended(objective.fit.mechanism)
-        assert isinstance(core, Diffusing)
-        stuck = [t for t in range(len(found.values)) if self._stuck(objective, found, t)]
-        if not self.lifting or not stuck or not liftable(objective.fit.seen[0]):
+        if not self.lifting:
             return found
-        known, rows = core.draws, []
-        assert known is not None
-        assert known.times is not None
-        assert known.noise is not None
-        for number, trial in enumerate(stuck):
-            seen = objective.fit.seen[objective.targets[trial]]
-            stream = child(objective.streams[objective.targets[trial]], f"lifting/{trial}")
-            b, shape = objective.unknown.batch_size, objective.unknown.spec.shape
-            prior = granted([seen], Denoiser, trained="diffusion")
-            images = prior.sample(b * self.candidates, generator=stream)
-            images = torch.cat([drawn[trial][:, None], images.view(b, -1, *shape)], 1)
-            share = (_LIFTING * (number + i) / len(stuck) for i in (0, 1))
-            rows.append(
-                lift(
-                    seen,
-                    images,
-                    known.times[:, 0],
-                    noise=known.noise[:, 0],
-                    generator=stream,
-                    steps=self.lifting,
-                    alone=_ALONE,
-                    balance=_BALANCE,
-                    progress=part(objective, *share).progress,
-                )
-            )
-        again = replace(
-            part(objective, _LIFTING, 1), targets=tuple(objective.targets[t] for t in stuck)
-        )
-        start = {"inputs": torch.stack([r.images for r in rows]).to(objective.fit.dtype)}
-        led = self.refine(again, start)
-        for place, trial in enumerate(stuck):
-            found.evaluations[trial] += rows[place].evaluations + led.evaluations[place]
-            found.history[trial] += led.history[place]
-            if float(led.values[place]) < float(found.values[trial]):
-                found.variables["inputs"][trial] = led.variables["inputs"][place]
-                found.values[trial] = led.values[place]
-                found.status[trial] = led.status[place]
-        return found
 
-    def _stuck(self, objective: Objective, found: Search, trial: int) -> bool:
-        """Whether a claim leaves more of the update unexplained than noise would."""
-        target = objective.targets[trial]
-        images = found.variables["inputs"][[trial]]
-        inputs, labels = objective.unknown.decode({"inputs": images}, [target])
-        stream = child(objective.streams[target], f"noise/{trial}")
-        noise = objective.fit.noise(Batch(inputs[0], labels[0]), target, generator=stream)
-        return not float(found.values[trial]) <= _STUCK + _NOISY * objective.fit_weight * noise
+        def candidates(trial: int, stream: torch.Generator) -> Tensor:
+            seen = objective.fit.seen[objective.targets[trial]]
+            prior = granted([seen], Denoiser, trained="diffusion")
+            own = images["inputs"][trial]
+            more = prior.sample(len(own) * self.candidates, generator=stream)
+            return torch.cat([own[:, None], more.view(len(own), -1, *own.shape[1:])], 1)
+
+        rest = part(objective, end, 1)
+        return rescued(rest, found, candidates, self.refine, steps=self.lifting)
 
     def refine(self, objective: Objective, start: Variables) -> Search:
         return pixel_phase(
