@@ -105,7 +105,7 @@ class Recipe(ABC):
             limit=limit,
             streams=tuple(generators),
         )
-        start = self.starts(objective, generators)
+        start = _beside(objective, self.starts(objective, generators))
         objective = _settled(objective, start, engine)
         return _choose(objective, self.search(objective, start), len(seen))
 
@@ -133,7 +133,7 @@ class Recipe(ABC):
         streams = tuple(torch.Generator().manual_seed(0) for _ in seen)
         targets = tuple(range(len(seen)))
         objective = replace(objective, targets=targets, limit=limit, streams=streams)
-        start = objective.unknown.encode(claims)
+        start = _beside(objective, objective.unknown.encode(claims))
         objective = _settled(objective, start, engine)
         return _choose(objective, self.refine(objective, start), len(seen))
 
@@ -146,7 +146,8 @@ class Recipe(ABC):
         limit = Limit(trials_at_once or sys.maxsize)
         objective = replace(objective, targets=targets, limit=limit)
         stream = torch.Generator().manual_seed(0)
-        return calibrated(objective, self.starts(objective, [stream] * len(seen)))
+        start = _beside(objective, self.starts(objective, [stream] * len(seen)))
+        return calibrated(objective, start)
 
     def objective(self, seen: Observation) -> Callable[[Batch], float]:
         """The attack's own objective as a function of any claim (an auditor passes the truth)."""
@@ -155,6 +156,11 @@ class Recipe(ABC):
     def fit(self, seen: Observation) -> Callable[[Batch], float]:
         """The matching term of the objective alone: 0 at the truth of a noiseless update."""
         return replace(self.composed([seen]), penalties=()).at
+
+
+def _beside(objective: Objective, start: Variables) -> Variables:
+    """Starts, drawn on the CPU whatever the device, where the network is."""
+    return {k: v.to(objective.fit.device) for k, v in start.items()}
 
 
 def _settled(objective: Objective, start: Variables, engine: Engine) -> Objective:

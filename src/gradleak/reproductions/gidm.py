@@ -55,7 +55,7 @@ KNOWN: tuple[Line, ...] = (
 """Attacks of a server that knows noise and times."""
 
 PRIVATE: tuple[Line, ...] = (
-    Line("GIDM+", "gidm-plus:denoised=0", "t in closed form, then candidates that share the update"),
+    Line("GIDM+", "gidm-plus:denoised=0", "t in closed form; candidates share the update"),
     Line("GIDM+, prior", "gidm-plus", "the same with the diffusion prior"),
 )
 """Attacks of a server that knows neither."""

@@ -113,7 +113,9 @@ def lift(
         partial(relative_squares, balance=balance),
         dtype=torch.float32,
     )
-    owners = torch.arange(b).repeat_interleave(each)
+    device = fit.device
+    images, times = images.to(device), times.to(device)
+    owners = torch.arange(b, device=device).repeat_interleave(each)
     network = loaded(template(fit.state.model, "eval"), fit.state, trained=False)
     candidates = Candidates(
         seen.data,
@@ -123,7 +125,7 @@ def lift(
         schedule=_core(fit).noise_schedule,
         network=network,
         times=times[owners],
-        noise=None if noise is None else noise[owners].float(),
+        noise=None if noise is None else noise.to(device)[owners].float(),
         unit=_UNIT,
     )
     start = candidates.placed(images.flatten(0, 1).float(), generator)
@@ -184,7 +186,8 @@ class Candidates(Unknown):
         clean = (images - low) * (2 / (high - low)) - 1
         noise = self.noise
         if noise is None:
-            noise = normal(clean.shape, generator=generator, dtype=torch.float32)
+            drawn = normal(clean.shape, generator=generator, dtype=torch.float32)
+            noise = drawn.to(clean.device)
         noised = self.schedule.noised(clean, noise, self.times)
         residual = self._output(noised) - self.schedule.target(clean, noise, self.times)
         first = {"noised": noised} if self.noise is None else {"images": clean}
@@ -206,7 +209,7 @@ class Candidates(Unknown):
         planes = self.times.to(noised).view(1, -1, *[1] * (noised.ndim - 2))
         planes = planes.expand(*noised.shape[:2], 1, *noised.shape[3:])
         inputs = torch.cat([noised, variables["residual"] * self.unit, planes], 2)
-        return inputs, torch.zeros(inputs.shape[:2], dtype=torch.int64)
+        return inputs, torch.zeros(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
 
     def few(self, variables: Variables, chosen: Tensor) -> tuple[Candidates, Variables]:
         """Some candidates alone, with their share of the update."""
@@ -337,7 +340,7 @@ def _strongest(weights: Tensor, noised: Tensor, groups: Tensor, size: int) -> Te
             twins.append(index)
         else:
             chosen.append(index)
-    return torch.tensor(sorted((chosen + twins)[:size]))
+    return torch.tensor(sorted((chosen + twins)[:size]), device=noised.device)
 
 
 def _core(fit: Matching) -> Denoising | DenoisingAvg:

@@ -70,6 +70,11 @@ class Matching:
         return other
 
     @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(iter(self.state.params.values())).device
+
+    @property
     def parameters(self) -> int:
         """Number of coordinates of an update."""
         return sum(p.numel() for p in self.state.params.values())

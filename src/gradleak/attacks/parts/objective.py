@@ -123,7 +123,7 @@ class Objective:
 
     def at(self, batch: Batch, *, target: int = 0) -> float:
         """The objective at a batch somebody supplies, for the target's update."""
-        device = next(iter(self.fit.state.params.values())).device
+        device = self.fit.device
         batch = self.unknown.searched(batch)
         inputs = batch.inputs.to(device, self.fit.dtype)
         labels = batch.labels.to(device)

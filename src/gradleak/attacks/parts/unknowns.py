@@ -107,7 +107,7 @@ class Images(Unknown):
     def decode(self, variables: Variables, targets: Sequence[int]) -> tuple[Tensor, Tensor]:
         if self.labels is None:
             return variables["inputs"], variables["logits"].softmax(-1)
-        labels = self.labels[list(targets)]
+        labels = self.labels[list(targets)].to(variables["inputs"].device)
         soft = labels.is_floating_point()
         return variables["inputs"], labels.to(self.dtype) if soft else labels
 
@@ -149,7 +149,7 @@ class Latents(Unknown):
         own = {k: v for k, v in variables.items() if k != "latents"}
         assert self.labels is not None
         inputs = self.generator.images(variables["latents"], own or None)
-        return inputs, self.labels[list(targets)]
+        return inputs, self.labels[list(targets)].to(inputs.device)
 
     def project_(self, variables: Variables) -> None:
         variables["latents"].clamp_(-self.reach, self.reach)

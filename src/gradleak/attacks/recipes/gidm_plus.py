@@ -428,7 +428,7 @@ class WithDraws(Unknown):
             planes = planes.expand(count, b, self.visits, 1, *shape[1:])
             behind = torch.cat([noise, planes.to(noise)], 3).flatten(2, 3)
         assert self.labels is not None
-        return torch.cat([images, behind], 2), self.labels[list(targets)]
+        return torch.cat([images, behind], 2), self.labels[list(targets)].to(images.device)
 
     def claimed(self, inputs: Tensor, labels: Tensor) -> Batch:
         return Batch(inputs[:, : self.spec.shape[0]], labels)
