@@ -58,7 +58,7 @@ class Lifted:
     """What a client may have computed on.
 
     Attributes:
-        images: (b, *shape), in the data's bounds but for what the search left outside.
+        images: (b, *shape), in the data's bounds as far as the search kept to them.
         noise: (b, *shape).
         times: (b,) int64.
         value: objective of these alone.
@@ -127,6 +127,7 @@ def lift(
         times=times[owners],
         noise=None if noise is None else noise.to(device)[owners].float(),
         unit=_UNIT,
+        bounds=_core(fit).bounds,
     )
     start = candidates.placed(images.flatten(0, 1).float(), generator)
     objective = Objective(unknown=candidates, fit=fit, progress=progress)
@@ -150,7 +151,7 @@ def lift(
     assert isinstance(best, Candidates)
     ended = lbfgs(trials.best, trials.found.variables, steps=alone, solved=[_ROUNDING])
     clean, drawn = best.drawn(ended.variables)
-    low, high = seen.data.bounds
+    low, high = best.bounds
     return Lifted(
         images=low + (clean + 1) * ((high - low) / 2),
         noise=drawn,
@@ -172,6 +173,7 @@ class Candidates(Unknown):
         times: (P,) int64.
         noise: (P, *shape), or None.
         unit: of the residuals.
+        bounds: that the client scales to [−1, 1].
     """
 
     schedule: Schedule
@@ -179,10 +181,11 @@ class Candidates(Unknown):
     times: Tensor
     noise: Tensor | None
     unit: float
+    bounds: tuple[float, float]
 
     def placed(self, images: Tensor, generator: torch.Generator) -> Variables:
-        """Variables of one trial at images (P, *shape) in the data's bounds, freshly noised."""
-        low, high = self.spec.bounds
+        """Variables of one trial at images (P, *shape) as clients hold them, freshly noised."""
+        low, high = self.bounds
         clean = (images - low) * (2 / (high - low)) - 1
         noise = self.noise
         if noise is None:
