@@ -23,6 +23,7 @@ import torch
 
 import gradleak as gl
 from gradleak import attacks, data, defenses, models, priors
+from gradleak.errors import NotApplicable
 from gradleak.federate.federation import federation
 from gradleak.federate.settings import TrainSettings
 from gradleak.federate.training import train
@@ -129,8 +130,14 @@ def leak(directory: Path, attack: str, count: int, *, known: bool) -> None:
             )
             generator = torch.Generator().manual_seed(target)
             seen, truth = gl.simulate(scenario, generator=generator)
-            (claim,) = attacks.attack_all(attacks.build(attack), [seen], seed=target)
+            try:
+                (claim,) = attacks.attack_all(attacks.build(attack), [seen], seed=target)
+            except NotApplicable as reason:
+                print(name, reason, flush=True)
+                break
             scores.append([gl.metrics.psnr_db(claim.batch, truth.batch)])
+        if len(scores) < count:
+            continue
         print(name, attack, told_of([s for (s,) in scores]), flush=True)
         path = directory / f"leak-{attack.partition(':')[0]}-{'known' if known else 'private'}.json"
         told = json.loads(path.read_text()) if path.exists() else {}
