@@ -163,3 +163,8 @@ def test_weighted_squares_are_one_at_zero_and_plain_without_balance() -> None:
     whole = sum(v.square().sum() for v in received.values())
     expected = float(squared_l2(other, received) / whole)
     assert float(relative_squares(other, received)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_relaxed_times_run_one_by_one_whoever_asks() -> None:
+    seen, _ = played(Denoising(timestep=300))
+    assert GIDMPlus(times="relaxed", restarts=2).settle_engine([seen]) == "loop"

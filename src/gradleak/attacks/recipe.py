@@ -35,6 +35,8 @@ class Recipe(ABC):
     copies: ClassVar[int] = 400
     """Copies of its variables that a search keeps at most: L-BFGS fills 2 · 2 · 100 vectors."""
 
+    one_by_one: ClassVar[bool] = False
+    """Whether trials cannot share a program, whatever the engine asked for."""
     crowd: ClassVar[int] = 1
     """Candidates of every example that a step holds at most."""
 
@@ -106,7 +108,7 @@ class Recipe(ABC):
             streams=tuple(generators),
         )
         start = _beside(objective, self.starts(objective, generators))
-        objective = _settled(objective, start, engine)
+        objective = self._settled(objective, start, engine)
         return _choose(objective, self.search(objective, start), len(seen))
 
     def refined(
@@ -134,7 +136,7 @@ class Recipe(ABC):
         targets = tuple(range(len(seen)))
         objective = replace(objective, targets=targets, limit=limit, streams=streams)
         start = _beside(objective, objective.unknown.encode(claims))
-        objective = _settled(objective, start, engine)
+        objective = self._settled(objective, start, engine)
         return _choose(objective, self.refine(objective, start), len(seen))
 
     def settle_engine(
@@ -147,7 +149,13 @@ class Recipe(ABC):
         objective = replace(objective, targets=targets, limit=limit)
         stream = torch.Generator().manual_seed(0)
         start = _beside(objective, self.starts(objective, [stream] * len(seen)))
-        return calibrated(objective, start)
+        return self._settled(objective, start, "auto").engine
+
+    def _settled(self, objective: Objective, start: Variables, engine: Engine) -> Objective:
+        if self.one_by_one:
+            engine = "loop"
+        engine = calibrated(objective, start) if engine == "auto" else engine
+        return replace(objective, engine=engine)
 
     def objective(self, seen: Observation) -> Callable[[Batch], float]:
         """The attack's own objective as a function of any claim (an auditor passes the truth)."""
@@ -161,10 +169,6 @@ class Recipe(ABC):
 def _beside(objective: Objective, start: Variables) -> Variables:
     """Starts, drawn on the CPU whatever the device, where the network is."""
     return {k: v.to(objective.fit.device) for k, v in start.items()}
-
-
-def _settled(objective: Objective, start: Variables, engine: Engine) -> Objective:
-    return replace(objective, engine=calibrated(objective, start) if engine == "auto" else engine)
 
 
 def _choose(objective: Objective, found: Search, count: int) -> list[Reconstruction]:

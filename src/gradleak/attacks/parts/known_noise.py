@@ -29,6 +29,8 @@ from gradleak.types import Batch, Observation
 
 Optimiser = Literal["lbfgs", "adam"]
 
+ONE_IMAGE = 0.3
+"""Share of progress of searches from one image, where many at once may follow."""
 _STUCK = 1e-4
 """Objective from which a trial counts as stuck, beside noise."""
 _ALONE = 100

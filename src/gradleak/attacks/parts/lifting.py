@@ -15,9 +15,9 @@ Source: gradleak; found for this project and not known to be published.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -240,8 +240,10 @@ class Candidates(Unknown):
         drawn = [self.placed(middle, generator) for _ in range(restarts)]
         return {k: torch.cat([d[k] for d in drawn]) for k in drawn[0]}
 
-    def encode(self, claims: object) -> Variables:
-        raise NotImplementedError("claims of images say nothing of their residuals")
+    def encode(self, claims: Sequence[Batch]) -> Variables:
+        stream = torch.Generator().manual_seed(0)
+        drawn = [self.placed(c.inputs.float(), stream) for c in claims]
+        return {k: torch.cat([d[k] for d in drawn]) for k in drawn[0]}
 
     def _output(self, noised: Tensor) -> Tensor:
         with torch.no_grad():
@@ -280,7 +282,7 @@ class _Trials:
         noised = whole.noised(ahead.variables)[0].flatten(1)
         chosen = _strongest(gradients.norm(dim=1), noised, self.groups, self.size)
         alone, at = whole.few(ahead.variables, chosen)
-        fit, weights = self.objective.fit, self._weights()
+        fit, weights = self.objective.fit, self._weights
         received = torch.cat([(fit.received[0][k] * w).flatten() for k, w in weights.items()])
         together = gradients[chosen].sum(0)
         inner, square = float(together @ received), float(together @ together)
@@ -297,6 +299,7 @@ class _Trials:
         if self.best is None or float(found.values[0]) < float(self.found.values[0]):
             self.best, self.found = trial, found
 
+    @cached_property
     def _weights(self) -> dict[str, Tensor]:
         """Square roots of the weights of the compared tensors."""
         fit = self.objective.fit
@@ -306,7 +309,7 @@ class _Trials:
 
     def _gradients(self, whole: Candidates, variables: Variables) -> Tensor:
         """Weighted gradient of every candidate alone, (P, coordinates)."""
-        fit, weights = self.objective.fit, self._weights()
+        fit, weights = self.objective.fit, self._weights
         inputs, labels = whole.decode(variables, ())
         core, rows = _core(fit), []
         for image, label in zip(inputs[0], labels[0], strict=True):

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradleak.attacks.parts.distances import cosine, squared_l2
 from gradleak.attacks.parts.granted import granted
 from gradleak.attacks.parts.known_noise import (
+    ONE_IMAGE,
     Drawn,
     Optimiser,
     followed,
@@ -30,9 +31,6 @@ from gradleak.errors import InvalidInput
 from gradleak.priors import Denoiser
 from gradleak.seeding import child
 from gradleak.types import About, Fact, Observation
-
-_PIXELS = 0.3
-"""Share of progress that both phases have, before many images at once."""
 
 LatentFit = Literal["cosine", "squared_l2"]
 
@@ -183,7 +181,7 @@ class GIDM(Recipe):
         if not self.steps:
             scores = objective.scores(images, objective.targets)
             return replace(drawn, variables=images, values=scores.double().cpu())
-        share, end = (p * (_PIXELS if self.lifting else 1) for p in (share, 1))
+        share, end = (p * (ONE_IMAGE if self.lifting else 1) for p in (share, 1))
         found = followed(drawn, self.refine(part(objective, share, end), images))
         if not self.lifting:
             return found

@@ -19,7 +19,7 @@ from gradleak.attacks.parts.known_noise import part
 from gradleak.attacks.parts.lbfgs import lbfgs
 from gradleak.attacks.parts.lifting import Lifted, lift, liftable
 from gradleak.attacks.parts.matching import Matching
-from gradleak.attacks.parts.objective import Engine, Objective
+from gradleak.attacks.parts.objective import Objective
 from gradleak.attacks.parts.search import Search
 from gradleak.attacks.parts.unknowns import Unknown, Variables
 from gradleak.attacks.recipe import Recipe
@@ -28,7 +28,7 @@ from gradleak.errors import InvalidInput, NotApplicable
 from gradleak.mechanisms import Denoising, Diffusing
 from gradleak.priors import Denoiser
 from gradleak.seeding import child, normal
-from gradleak.types import About, Batch, Fact, ModelState, Observation, Reconstruction
+from gradleak.types import About, Batch, Fact, ModelState, Observation
 
 _LEVELS = 40
 """Noise levels among which an estimate's own is looked for."""
@@ -120,24 +120,9 @@ class GIDMPlus(Recipe):
                 "expected at least 0, 0 and 1"
             )
 
-    def on_group(
-        self,
-        seen: Sequence[Observation],
-        *,
-        generators: Sequence[torch.Generator],
-        engine: Engine = "auto",
-        trials_at_once: int | None = None,
-        progress: Callable[[float], None] = lambda share: None,
-    ) -> list[Reconstruction]:
-        if self.times == "relaxed":  # hooks in the network know one trial
-            engine = "loop"
-        return super().on_group(
-            seen,
-            generators=generators,
-            engine=engine,
-            trials_at_once=trials_at_once,
-            progress=progress,
-        )
+    @property
+    def one_by_one(self) -> bool:  # type: ignore[override]
+        return self.times == "relaxed"  # hooks in the network know one trial
 
     def compose(self, seen: Sequence[Observation]) -> Objective:
         first = seen[0]

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradleak.attacks.parts.known_noise import part, rescued
+from gradleak.attacks.parts.known_noise import ONE_IMAGE, part, rescued
 from gradleak.attacks.parts.objective import Objective
 from gradleak.attacks.parts.search import Search
 from gradleak.attacks.parts.unknowns import Variables
@@ -18,8 +18,6 @@ from gradleak.errors import NotApplicable
 from gradleak.seeding import normal
 from gradleak.types import About, Fact, Observation
 
-_PIXELS = 0.3
-"""Share of progress that one image has, before many at once."""
 _SPREAD = 0.25
 
 
@@ -77,7 +75,7 @@ class MeanStart(DLGDM):
         return super().search(objective, start)
 
     def search(self, objective: Objective, start: Variables) -> Search:
-        share = _PIXELS if self.lifting else 1
+        share = ONE_IMAGE if self.lifting else 1
         found = self.refine(part(objective, 0, share), start)
         if not self.lifting:
             return found
@@ -86,7 +84,7 @@ class MeanStart(DLGDM):
         def candidates(trial: int, stream: torch.Generator) -> Tensor:
             mean = start["inputs"][trial][:, None]
             size = (len(mean), self.candidates, *mean.shape[2:])
-            drawn = normal(size, generator=stream, dtype=mean.dtype)
+            drawn = normal(size, generator=stream, dtype=mean.dtype).to(mean.device)
             return mean + _SPREAD * (high - low) * drawn
 
         rest = part(objective, share, 1)
