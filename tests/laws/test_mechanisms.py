@@ -39,6 +39,7 @@ from gradleak.mechanisms import (
     Vertical,
 )
 from gradleak.types import Batch, Mechanism, ModelState, Update
+from tests.laws.elsewhere import ELSEWHERE, Elsewhere
 from tests.laws.small import (
     OneWeight,
     OneWeightDenoiser,
@@ -384,3 +385,16 @@ def test_peeling_reaches_the_core_and_rebasing_keeps_the_onion(mechanism: Mechan
     assert undefended(changed) == replace(core, batch_norm="train")  # type: ignore[type-var]
     assert type(changed) is type(mechanism)
     assert undefended(mechanism) == core
+
+
+def test_a_client_computes_where_its_network_is(mechanism: Mechanism, state: ModelState) -> None:
+    """What it sends, and what it would send by the attacker's belief, on another device."""
+    batch = batch_of(2)
+    here = mechanism.sample(state, batch, generator=stream(0))
+    with Elsewhere():
+        there = Batch(batch.inputs.to(ELSEWHERE), batch.labels.to(ELSEWHERE))
+        sent = mechanism.sample(state.to(ELSEWHERE), there, generator=stream(0))
+        assert {v.device for v in sent.values.values()} == {ELSEWHERE}
+        believed = mechanism.predict(sent, state.to(ELSEWHERE), there)
+        assert {v.device for v in believed.values.values()} == {ELSEWHERE}
+        assert torch.allclose(flat(sent).cpu(), flat(here))

@@ -122,7 +122,7 @@ def _placed(
     handles = [
         model.get_submodule(name).register_forward_pre_hook(note(name)) for name, _, _ in found
     ]
-    numbers = state.to(torch.float64)
+    numbers = state.to(torch.device("cpu")).to(torch.float64)
     fixed = own_buffers(model, numbers)
     first, reached = found[0][0], []
     try:

@@ -44,7 +44,7 @@ def first_layer(state: ModelState, data: DataSpec) -> FirstLayer | str:
     if not takes_data_alone(state.model):
         return "the network is called with more than the data"
     model = template(state.model, "eval").to(torch.float64)
-    numbers = state.to(torch.float64)
+    numbers = state.to(torch.device("cpu")).to(torch.float64)
     fixed = own_buffers(model, numbers)
     calls: list[tuple[str, nn.Module, Tensor]] = []
 

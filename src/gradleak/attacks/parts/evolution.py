@@ -47,7 +47,7 @@ def cma_es(
             "seed": math.nan,  # the global generator is left alone
             "verbose": -9,
         }
-        evolution = cma.CMAEvolutionStrategy(mean.flatten().double().numpy(), spread, options)
+        evolution = cma.CMAEvolutionStrategy(mean.flatten().double().cpu().numpy(), spread, options)
         target = objective.targets[trial]
         for generation in range(max(1, steps // evolution.popsize)):
             asked = evolution.ask()
@@ -55,7 +55,7 @@ def cma_es(
             objective.unknown.project_(rows)
             values = objective.scores(rows, [target] * len(asked))
             winner = int(values.argmin())
-            one, no_gradient = {name: rows[name][winner][None]}, {name: torch.zeros(1, 1)}
+            one, no_gradient = {name: rows[name][winner][None]}, {name: values.new_zeros(1, 1)}
             best.record(one, values[winner][None], no_gradient, [trial], keep_every=steps)
             best.evaluations[trial] += len(asked) - 1
             if not bool(values.isfinite().all()):

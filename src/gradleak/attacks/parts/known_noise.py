@@ -148,7 +148,7 @@ def rescued(
                 noise=noise[:, 0],
                 generator=stream,
                 steps=steps,
-                alone=_ALONE,
+                alone=min(_ALONE, steps),
                 balance=_BALANCE,
                 progress=part(objective, *share).progress,
             )

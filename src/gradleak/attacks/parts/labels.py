@@ -28,7 +28,7 @@ def head_signal(seen: Observation) -> Tensor:
     gradient = seen.mechanism.as_gradient(seen.update, batch_size=size).values
     names = list(seen.state.params)
     for name in reversed(names[-2:]):
-        value = gradient[name]
+        value = gradient[name].cpu()
         if value.shape[0] == seen.data.classes and value.ndim <= 2:
             bias_is_silent = value.ndim == 1 and not value.any()
             if not bias_is_silent:

@@ -43,7 +43,8 @@ _GAP = 0.1
 _ALONE = 60
 """Steps of such a trial."""
 _SETTLED = 3e-3
-"""Objective of a trial that ends the search, beside noise: so far down, only one basin leads."""
+"""Objective of a trial that ends the search, beside noise, in units of the faintest image's share
+of the update: so far down, only one basin leads."""
 FORGIVEN = 1.05
 """Noise of the client that an objective is forgiven, over what such noise is expected to leave."""
 _ROUNDING = 1e-13
@@ -262,12 +263,13 @@ class _Trials:
     floor: float
     best: Objective | None = None
     found: Search = field(init=False)
+    faintest: float = 1.0
     evaluations: int = 0
 
     @property
     def settled(self) -> bool:
         return self.best is not None and float(self.found.values[0]) <= (
-            _SETTLED + FORGIVEN * self.floor
+            _SETTLED * self.faintest + FORGIVEN * self.floor
         )
 
     def watch(self, ahead: Search) -> bool:
@@ -279,6 +281,9 @@ class _Trials:
         whole = self.objective.unknown
         assert isinstance(whole, Candidates)
         gradients = self._gradients(whole, ahead.variables)
+        own = gradients.new_zeros(int(self.groups.max()) + 1, gradients.shape[1])
+        squares = own.index_add(0, self.groups, gradients).square().sum(1)
+        self.faintest = float((squares / squares.sum()).min().nan_to_num(1.0))
         noised = whole.noised(ahead.variables)[0].flatten(1)
         chosen = _strongest(gradients.norm(dim=1), noised, self.groups, self.size)
         alone, at = whole.few(ahead.variables, chosen)

@@ -363,9 +363,10 @@ def _better(first: Search, second: Search) -> Search:
     if not first.evaluations:
         return second
     newer = second.values <= first.values
-    mask = newer.reshape(-1, *[1] * (second.variables["inputs"].ndim - 1))
+    images = second.variables["inputs"]
+    mask = newer.to(images.device).view(-1, *[1] * (images.ndim - 1))
     return Search(
-        {"inputs": torch.where(mask, second.variables["inputs"], first.variables["inputs"])},
+        {"inputs": torch.where(mask, images, first.variables["inputs"])},
         torch.where(newer, second.values, first.values),
         [b if n else a for a, b, n in zip(first.status, second.status, newer, strict=True)],
         [a + b for a, b in zip(first.evaluations, second.evaluations, strict=True)],

@@ -156,6 +156,7 @@ class GIDM(Recipe):
             for restart in range(self.restarts):
                 own = child(stream, f"candidates/{restart}")
                 drawn = objective.unknown.start(own, restarts=self.candidates)["latents"]
+                drawn = drawn.to(objective.fit.device)
                 scores = latent.scores({"latents": drawn}, [target] * self.candidates)
                 best.append(drawn[int(scores.nan_to_num(torch.inf).argmin())])
         return {"latents": torch.stack(best)}
@@ -190,7 +191,7 @@ class GIDM(Recipe):
             seen = objective.fit.seen[objective.targets[trial]]
             prior = granted([seen], Denoiser, trained="diffusion")
             own = images["inputs"][trial]
-            more = prior.sample(len(own) * self.candidates, generator=stream)
+            more = prior.sample(len(own) * self.candidates, generator=stream).to(own)
             return torch.cat([own[:, None], more.view(len(own), -1, *own.shape[1:])], 1)
 
         rest = part(objective, end, 1)

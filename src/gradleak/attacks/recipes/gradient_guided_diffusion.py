@@ -150,7 +150,7 @@ class _Taught(Unknown):
             for row, (x, y) in enumerate(zip(latents, labels, strict=True))
         ]
         soft = labels.is_floating_point()
-        return torch.stack(drawn), labels.to(self.dtype) if soft else labels
+        return torch.stack(drawn), labels.to(latents) if soft else labels.to(latents.device)
 
     def _copied(self, latents: Tensor) -> Variables:
         copies = {

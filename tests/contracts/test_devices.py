@@ -1,0 +1,69 @@
+"""Every attack runs where the network is, on a device that only claims not to be the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gradleak.attacks import ATTACKS, attack_all
+from gradleak.attacks.parts.objective import Engine
+from gradleak.types import Exchange, Observation
+from tests.contracts.test_attacks import ONE_EXAMPLE, attack_of, digit
+from tests.laws.elsewhere import ELSEWHERE, Elsewhere
+from tests.laws.small import stream
+
+FEW = {"steps": 2, "restarts": 1, "target": 5, "latent_steps": 1, "candidates": 2, "lifting": 2}
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[None]:
+    with Elsewhere():
+        yield
+
+
+def test_what_is_left_behind_is_noticed(elsewhere: None) -> None:
+    moved = torch.ones(3).to(ELSEWHERE)
+    assert moved.device == (moved * 2).device == ELSEWHERE
+    assert float((moved + 1).sum()) == 6
+    assert (moved.cpu() + torch.ones(3)).device.type == "cpu"
+    with pytest.raises(RuntimeError, match="left on the CPU"):
+        moved + torch.ones(3)
+
+
+def moved(seen: Observation) -> Observation:
+    """What a server sees that computes elsewhere."""
+    values = {k: v.to(ELSEWHERE) for k, v in seen.update.values.items()}
+    exchange = Exchange(seen.state.to(ELSEWHERE), replace(seen.update, values=values))
+    knowledge = seen.knowledge
+    if knowledge.prior is not None:
+        knowledge = replace(knowledge, prior=knowledge.prior.to(ELSEWHERE))
+    return replace(seen, exchanges=(exchange,), knowledge=knowledge)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("identifier", ATTACKS)
+def test_it_runs_where_the_network_is(identifier: str, size: int) -> None:
+    if size > 1 and identifier in ONE_EXAMPLE:
+        pytest.skip("its theory is about one example")
+    seen, _ = digit(identifier, 0, size=size)
+    with Elsewhere():
+        there = moved(seen)
+        claim = attack_of(identifier, FEW)(there, generator=stream(1))
+        found = claim.batch.inputs.cpu()
+    here = attack_of(identifier, FEW)(seen, generator=stream(1)).batch.inputs
+    assert torch.allclose(found, here)
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap", "fast"])
+def test_every_engine_runs_where_the_network_is(engine: Engine) -> None:
+    seen, _ = digit("inverting-gradients", 0, size=2)
+    attack = attack_of("inverting-gradients", FEW | {"restarts": 2})
+    with Elsewhere():
+        (there,) = attack_all(attack, [moved(seen)], seed=0, engine=engine)
+        found = there.batch.inputs.cpu()
+    (here,) = attack_all(attack, [seen], seed=0, engine=engine)
+    assert there.engine == here.engine == engine
+    assert torch.allclose(found, here.batch.inputs, atol=1e-5)
