@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from gradleak.attacks.parts.matching import Matching
 from gradleak.attacks.parts.objective import Objective
 from gradleak.attacks.parts.unknowns import Images, Variables
 from gradleak.types import Batch, DataSpec, Observation
+from tests.laws.elsewhere import ELSEWHERE, Elsewhere, moved
 from tests.laws.small import stream
 
 SPEC = DataSpec.image((1, 4, 4), 3)
@@ -27,7 +30,7 @@ class Uneven(nn.Module):
         self.first, self.head = nn.Linear(16, 24), nn.Linear(24, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = torch.logspace(-1.5, 0, 16, dtype=x.dtype)
+        scale = torch.logspace(-1.5, 0, 16, dtype=x.dtype, device=x.device)
         found: Tensor = self.head(torch.tanh(self.first(x.flatten(1) * scale)))
         return found
 
@@ -76,9 +79,16 @@ def test_few_steps_reach_rounding(near: tuple[Objective, Variables, Tensor]) -> 
     assert found.evaluations[0] > 16  # those of the model count
 
 
-def test_every_trial_keeps_its_own_point(near: tuple[Objective, Variables, Tensor]) -> None:
-    from dataclasses import replace
+def test_it_runs_where_the_network_is(near: tuple[Objective, Variables, Tensor]) -> None:
+    objective, start, truth = near
+    with Elsewhere():
+        fit = Matching([moved(objective.fit.seen[0])], relative_squares, dtype=torch.float64)
+        there = {k: v.to(ELSEWHERE) for k, v in start.items()}
+        found = gauss_newton(replace(objective, fit=fit), there, weights=relative_weights, steps=12)
+        assert torch.allclose(found.variables["inputs"][0].cpu(), truth, atol=1e-6)
 
+
+def test_every_trial_keeps_its_own_point(near: tuple[Objective, Variables, Tensor]) -> None:
     objective, start, _ = near
     twice = replace(objective, targets=(0, 0))
     both = {"inputs": torch.cat([start["inputs"], start["inputs"] + 0.05])}

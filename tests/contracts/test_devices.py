@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
 
 from gradleak.attacks import ATTACKS, attack_all
 from gradleak.attacks.parts.objective import Engine
-from gradleak.types import Exchange, Observation
 from tests.contracts.test_attacks import ONE_EXAMPLE, attack_of, digit
-from tests.laws.elsewhere import ELSEWHERE, Elsewhere
+from tests.laws.elsewhere import ELSEWHERE, Elsewhere, moved
 from tests.laws.small import stream
 
 FEW = {"steps": 2, "restarts": 1, "target": 5, "latent_steps": 1, "candidates": 2, "lifting": 2}
@@ -25,22 +23,12 @@ def elsewhere() -> Iterator[None]:
 
 
 def test_what_is_left_behind_is_noticed(elsewhere: None) -> None:
-    moved = torch.ones(3).to(ELSEWHERE)
-    assert moved.device == (moved * 2).device == ELSEWHERE
-    assert float((moved + 1).sum()) == 6
-    assert (moved.cpu() + torch.ones(3)).device.type == "cpu"
+    there = torch.ones(3).to(ELSEWHERE)
+    assert there.device == (there * 2).device == ELSEWHERE
+    assert float((there + 1).sum()) == 6
+    assert (there.cpu() + torch.ones(3)).device.type == "cpu"
     with pytest.raises(RuntimeError, match="left on the CPU"):
-        moved + torch.ones(3)
-
-
-def moved(seen: Observation) -> Observation:
-    """What a server sees that computes elsewhere."""
-    values = {k: v.to(ELSEWHERE) for k, v in seen.update.values.items()}
-    exchange = Exchange(seen.state.to(ELSEWHERE), replace(seen.update, values=values))
-    knowledge = seen.knowledge
-    if knowledge.prior is not None:
-        knowledge = replace(knowledge, prior=knowledge.prior.to(ELSEWHERE))
-    return replace(seen, exchanges=(exchange,), knowledge=knowledge)
+        there + torch.ones(3)
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -7,12 +7,15 @@ without being moved there raises, as on a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradleak.types import Exchange, Observation
 
 ELSEWHERE = torch.device("meta")
 """Nothing but a name: PyTorch lets tensors claim this device wherever it was built."""
@@ -86,6 +89,16 @@ class Elsewhere(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return _run(func, args, kwargs or {})
+
+
+def moved(seen: Observation) -> Observation:
+    """What a server sees that computes elsewhere."""
+    values = {k: v.to(ELSEWHERE) for k, v in seen.update.values.items()}
+    exchange = Exchange(seen.state.to(ELSEWHERE), replace(seen.update, values=values))
+    knowledge = seen.knowledge
+    if knowledge.prior is not None:
+        knowledge = replace(knowledge, prior=knowledge.prior.to(ELSEWHERE))
+    return replace(seen, exchanges=(exchange,), knowledge=knowledge)
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -94,7 +94,7 @@ def _one(
         jacobian = _sketched(objective, moving, held, target, weights)
         units = _Units(alone.unknown, moving, held, _whitening(jacobian))
         count = jacobian.shape[0]
-        at = {"units": torch.zeros(1, count, dtype=objective.fit.dtype)}
+        at = {"units": jacobian.new_zeros(1, count, dtype=objective.fit.dtype)}
         found = lbfgs(replace(alone, unknown=units), at, steps=steps, solved=tolerance)
         moving = {k: v.detach() for k, v in units.moved(found.variables["units"]).items()}
         before, value = found.history[0][0], float(found.values[0])
@@ -127,7 +127,8 @@ def _sketched(
     stream = torch.Generator().manual_seed(0)
     place = torch.randint(rows, (entries,), generator=stream)
     sign = torch.randint(2, (entries,), generator=stream).float() * 2 - 1
-    sign = sign * torch.cat([torch.full((received[k].numel(),), scale[k]) for k in fit.compared])
+    sign *= torch.cat([torch.full((received[k].numel(),), scale[k]) for k in fit.compared])
+    place, sign = place.to(fit.device), sign.to(fit.device)
     state = fit.state.to(torch.float32)
     whole = Update({k: v.float() for k, v in fit.received[target].items()}, fit.mechanism.kind)
 
@@ -144,10 +145,10 @@ def _sketched(
             if labels.is_floating_point():
                 labels = labels.float()
             updates = torch.func.vmap(predicted)(inputs.float(), labels) * sign
-        return torch.zeros(len(points), rows).index_add_(1, place, updates)
+        return updates.new_zeros(len(points), rows).index_add_(1, place, updates)
 
     base = sketch(flat)
-    found = torch.empty(count, rows)
+    found = base.new_empty(count, rows)
     for first in range(0, count, _AT_ONCE):
         points = flat.repeat(min(_AT_ONCE, count - first), 1)
         index = torch.arange(len(points))
@@ -162,7 +163,7 @@ def _whitening(jacobian: Tensor) -> Tensor:
     largest = float(torch.linalg.eigvalsh(model)[-1])
     model.diagonal().add_(max(_DAMPING * largest, torch.finfo(model.dtype).tiny))
     lower = torch.linalg.cholesky(model)
-    eye = torch.eye(len(model), dtype=model.dtype)
+    eye = torch.eye(len(model), dtype=model.dtype, device=model.device)
     inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
     return inverse.mT.contiguous()
 
