@@ -131,6 +131,10 @@ class Local:
         """The same for the draws that predictions go by."""
         return self, batch
 
+    def determined(self, batch_size: int) -> bool:
+        """Whether predictions rest on the batch alone, but for the order of its examples."""
+        return True
+
     def drawn(self, batch: Batch, *, generator: torch.Generator) -> Callable[[Call], Tensor]:
         """Loss of a batch as a function of the network, once the client has drawn for it."""
         client, given = self.settled(batch, generator=generator)

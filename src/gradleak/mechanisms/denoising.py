@@ -148,6 +148,10 @@ class Diffusing:
         """Whether nothing is left to draw."""
         return self.carried or (self.draws is not None and self.draws.complete)
 
+    def determined(self, batch_size: int) -> bool:
+        """Whether predictions rest on the batch alone: whoever draws knows more."""
+        return self.given
+
     def objective(self, network: Call, batch: Batch) -> Tensor:
         """Denoising loss of images that carry the draws of one visit, 0-dimensional."""
         channels = (batch.inputs.shape[1] - (self.mixed or 1)) // 2
@@ -254,6 +258,9 @@ class DenoisingAvg(Diffusing, FedAvg):
     loss: Loss = mse_loss
 
     id: ClassVar[str] = "denoising-fedavg"
+
+    def determined(self, batch_size: int) -> bool:
+        return self.given and (self.ordered or self._minibatch(batch_size) == batch_size)
 
     @property
     def deterministic(self) -> bool:

@@ -101,6 +101,9 @@ class FedAvg(Local, Likely):
             return 1
         return max(1, self.local_steps(batch_size) // per_epoch)
 
+    def determined(self, batch_size: int) -> bool:
+        return self.unseen_orders(batch_size) == 1
+
     def copied(self, batch_size: int) -> Order:
         """Visits of every step if whole epoch e had examples of its own, from e · b on.
 

@@ -551,7 +551,8 @@ def _verdict(finding: Finding, targets: Sequence[_Target]) -> tuple[str, str]:
         f"{missed['optimiser_limited']} of {trials['run']} targets missed because the optimiser "
         "did not reach the truth's objective": missed["optimiser_limited"] > 0,
         f"{missed['unattributed']} of {trials['run']} misses cannot be attributed: the attack "
-        "has no finite objective": missed["unattributed"] > 0,
+        "has no finite objective, or clients draw what it does not know": missed["unattributed"]
+        > 0,
         "the control recovers as much as the attack": trials["recovered_images"] > 0,
         f"{clients} clients: {PROTECTED_CLIENTS} or more are needed": clients < PROTECTED_CLIENTS,
         "sanity checks gave warnings": bool(finding["warnings"]),

@@ -20,9 +20,10 @@ from gradleak.attacks import build as build_attack
 from gradleak.attacks.parts.objective import Engine
 from gradleak.attacks.recipe import Recipe
 from gradleak.data import Dataset, Split
-from gradleak.defenses import rebased
+from gradleak.defenses import rebased, undefended
 from gradleak.errors import GradleakError, InvalidInput, NotApplicable
-from gradleak.mechanisms import summed
+from gradleak.mechanisms import Diffusing, FedAvg, summed
+from gradleak.mechanisms.client import Local
 from gradleak.priors import Gaussians
 from gradleak.run.beliefs import believed
 from gradleak.run.ceilings import ceiling
@@ -265,7 +266,8 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
         guesses = metrics.baselines(public, truth, labels_known=labels_known, spec=dataset.spec)
         objective = _auditors_view(attack, "objective", target.seen)
         fit = _auditors_view(attack, "fit", target.seen)
-        at_truth.append(objective(true))
+        visited = _as_visited(target)
+        at_truth.append(objective(visited))
         at_guess.append(objective(Batch(guesses["mean_image"].inputs.to(true.inputs), true.labels)))
 
         def scores(
@@ -283,7 +285,7 @@ def _measure(job: JobSpec, dataset: Dataset, *, progress: Callable[[float], None
                 "objective": claim.objective,
                 "objective_at_truth": at_truth[-1],
                 "fit": fit(claim.batch),
-                "fit_at_truth": fit(true),
+                "fit_at_truth": fit(visited),
                 "evaluations": claim.evaluations,
                 "scores": scores(_on_cpu(claim.batch)),
                 **({} if unrelated is None else {"control": scores(unrelated)}),
@@ -378,6 +380,8 @@ def _from_the_truth(
     """Where the attack ends that begins at the truth, target by target, if that is asked for."""
     if not job.ceiling or not isinstance(attack, Recipe):
         return []
+    if not all(_determined(t.seen) for t in attacked):
+        return []
     return attack.refined(
         [t.seen for t in attacked],
         [t.truth.trained_on for t in attacked],
@@ -466,15 +470,41 @@ def _control(job: JobSpec, i: int) -> int:
 
 
 def _auditors_view(attack: Attack, term: str, seen: Observation) -> Callable[[Batch], float]:
-    """The attack's own `objective` or its `fit` alone; nan where it has none that applies."""
+    """The attack's own `objective` or its `fit` alone; nan where it has none that applies.
+
+    What clients draw and keep is none of the truth's, and an objective that puts something in its
+    place may be lower for a wrong claim: it says nothing of why a search missed.
+    """
     build = getattr(attack, term, None)
-    if build is None:
+    if build is None or not _determined(seen):
         return lambda _: math.nan
     try:
         value = build(seen)
         return lambda batch: float(value(batch))
     except GradleakError:
         return lambda _: math.nan
+
+
+def _determined(seen: Observation) -> bool:
+    core = undefended(seen.mechanism)
+    return not isinstance(core, Local) or core.determined(seen.knowledge.batch_size or 1)
+
+
+def _as_visited(target: _Target) -> Batch:
+    """The truth as it lies for an attack that takes an order it was not granted as that of claims.
+
+    Within one epoch such an order is a relabelling of the batch.
+    """
+    core, order, true = (
+        undefended(target.seen.mechanism),
+        target.truth.order,
+        target.truth.trained_on,
+    )
+    if order is None or not isinstance(core, FedAvg) or isinstance(core, Diffusing) or core.ordered:
+        return true
+    visited = dict.fromkeys(index for visit in order for index in visit)
+    places = [*visited, *(i for i in range(len(true)) if i not in visited)]
+    return Batch(true.inputs[places], true.labels[places])
 
 
 def _on_cpu(batch: Batch) -> Batch:
