@@ -28,8 +28,8 @@ class Point:
     guess: float | None
 
 
-def _x(psnr_db: float, left: float, right: float) -> float:
-    return left + (right - left) * min(max(psnr_db, 0.0), PSNR_TOP) / PSNR_TOP
+def _x(psnr_db: float, left: float, right: float, top: float = PSNR_TOP) -> float:
+    return left + (right - left) * min(max(psnr_db, 0.0), top) / top
 
 
 def _known(value: float | None) -> bool:
@@ -68,27 +68,34 @@ def interval_strip(
     return _svg(width, height, "".join(parts), name="", css="strip")
 
 
-def intervals(lines: Sequence[tuple[str, float, float, float]], *, name: str) -> Markup:
+def intervals(
+    lines: Sequence[tuple[str, float, float, float]],
+    *,
+    name: str,
+    axis: str = "mean PSNR (dB)",
+    top: float = PSNR_TOP,
+) -> Markup:
     """Draw PSNR intervals (dB) below each other; a line is (label, value, low, high)."""
     width, left, right, step = 640, 150.0, 628.0, 22.0
     bottom = step * len(lines) + 6
     body = ""
-    for tick in range(0, int(PSNR_TOP) + 1, 10):
-        x = _x(tick, left, right)
+    for tick in _ticks(top):
+        x = _x(tick, left, right, top)
         body += f'<path class="grid" d="M{x:.1f} 4V{bottom:.0f}"/>'
         body += f'<text x="{x:.0f}" y="{bottom + 15:.0f}" text-anchor="middle">{tick}</text>'
     body += (
         f'<text x="{(left + right) / 2:.0f}" y="{bottom + 32:.0f}" text-anchor="middle">'
-        "mean PSNR (dB)</text>"
+        f"{axis}</text>"
     )
     for position, (label, value, low, high) in enumerate(lines):
         y = step * (position + 0.5) + 4
-        ends = f"M{_x(low, left, right):.1f} {y:.1f}H{_x(high, left, right):.1f}"
+        ends = f"M{_x(low, left, right, top):.1f} {y:.1f}H{_x(high, left, right, top):.1f}"
         body += (
             f'<text x="{left - 10:.0f}" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>'
         )
         body += f'<path class="whisker attack" d="{ends}"/>'
-        body += f'<circle class="dot attack" cx="{_x(value, left, right):.1f}" cy="{y:.1f}" r="4"/>'
+        x = _x(value, left, right, top)
+        body += f'<circle class="dot attack" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
     return _svg(width, int(bottom + 38), body, name=name, css="plot wide") if lines else Markup()
 
 
@@ -325,17 +332,22 @@ _STYLES = ("undefended", "attack", "control", "guess")
 
 
 def curves(
-    positions: Sequence[str], lines: Mapping[str, Sequence[Interval | None]], *, name: str
+    positions: Sequence[str],
+    lines: Mapping[str, Sequence[Interval | None]],
+    *,
+    name: str,
+    axis: str = "training steps; mean PSNR (dB)",
+    top: float = PSNR_TOP,
 ) -> Markup:
-    """Draw mean PSNR (dB) of several lines over positions, named in a legend beside them."""
+    """Draw PSNR (dB) of several lines over positions, named in a legend beside them."""
     width, right, height = 640.0, 480.0, 220.0
     bottom = height - 36
 
     def y(psnr_db: float) -> float:
-        return bottom - (bottom - _TOP) * min(max(psnr_db, 0.0), PSNR_TOP) / PSNR_TOP
+        return bottom - (bottom - _TOP) * min(max(psnr_db, 0.0), top) / top
 
     body = ""
-    for tick in range(0, int(PSNR_TOP) + 1, 10):
+    for tick in _ticks(top):
         body += f'<path class="grid" d="M{_LEFT} {y(tick):.1f}H{right}"/>'
         body += f'<text x="{_LEFT - 6:.0f}" y="{y(tick) + 4:.0f}" text-anchor="end">{tick}</text>'
     step = (right - _LEFT) / len(positions)
@@ -343,10 +355,7 @@ def curves(
     for x, position in zip(centres, map(escape, positions), strict=True):
         body += f'<text x="{x:.0f}" y="{bottom + 15:.0f}" text-anchor="middle">{position}</text>'
     middle = (_LEFT + right) / 2
-    body += (
-        f'<text x="{middle:.0f}" y="{bottom + 32:.0f}" text-anchor="middle">'
-        "training steps; mean PSNR (dB)</text>"
-    )
+    body += f'<text x="{middle:.0f}" y="{bottom + 32:.0f}" text-anchor="middle">{axis}</text>'
     for number, (label, points) in enumerate(lines.items()):
         css = _STYLES[number % len(_STYLES)]
         known = [(x, p) for x, p in zip(centres, points, strict=True) if p is not None]
@@ -360,6 +369,10 @@ def curves(
         body += f'<path class="line {css}" d="M{right + 10} {level}h24"/>'
         body += f'<text x="{right + 40:.0f}" y="{level + 4}">{escape(label)}</text>'
     return _svg(int(width), int(height), body, name=name, css="plot wide")
+
+
+def _ticks(top: float) -> range:
+    return range(0, int(top) + 1, int(top) // 6)
 
 
 def _frame(ticks: Sequence[tuple[str, float]]) -> str:

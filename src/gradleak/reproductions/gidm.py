@@ -121,6 +121,8 @@ class Gidm(Reproduction):
         "figures of the paper's tables could not be read and are not compared",
     )
 
+    positions = "time t of 1000"
+
     def plan(self, request: Request) -> list[Cell]:
         cells = []
         for block in _blocks(request.budget):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from gradleak.errors import CorruptFile
 from gradleak.report import charts
 from gradleak.report.html import jinja_environment, write_page
 from gradleak.report.wording import Json
+from gradleak.reproductions.reproduction import Reproduction
 from gradleak.run.store import read_json
 
 RESULT_FILE = "reproduction.json"
@@ -39,11 +41,22 @@ def render(directory: Path) -> Path:
 def compose(result: Json) -> str:
     """Return the page."""
     template = jinja_environment().get_template("reproduction.html.jinja")
-    return template.render(result=result, tables=tables(result["rows"]))
+    positions = result.get("positions", Reproduction.positions)
+    return template.render(result=result, tables=tables(result["rows"], positions=positions))
 
 
-def tables(rows: list[Json]) -> list[dict[str, Any]]:
-    """Rows by table, the part of their name before the last " / ", each with its chart."""
+def tables(rows: list[Json], *, positions: str) -> list[dict[str, Any]]:
+    """Rows by table, the part of their name before the last " / ", each with its chart.
+
+    Charts of one page share their axis.
+
+    Args:
+        rows: of the result.
+        positions: what the positions of curves are.
+    """
+    drawn = [r["ours"]["value"] for r in rows if r["metric"] in _DRAWN]
+    most = max((v for v in drawn if v is not None and math.isfinite(v)), default=0.0)
+    top = charts.PSNR_TOP * max(1, math.ceil(most / charts.PSNR_TOP))
     named: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         table, _, line = row["row"].rpartition(" / ")
@@ -52,7 +65,7 @@ def tables(rows: list[Json]) -> list[dict[str, Any]]:
         {
             "name": name,
             "rows": lines,
-            "chart": _curves(lines, name)
+            "chart": _curves(lines, name, positions, top)
             or charts.intervals(
                 [
                     (r["line"], r["ours"]["value"], r["ours"]["low"], r["ours"]["high"])
@@ -60,6 +73,8 @@ def tables(rows: list[Json]) -> list[dict[str, Any]]:
                     if r["metric"] in _DRAWN and r["ours"]["value"] is not None
                 ],
                 name=_caption(lines, name),
+                axis=f"{_metric(lines)} (dB)",
+                top=top,
             ),
         }
         for name, lines in named.items()
@@ -67,11 +82,15 @@ def tables(rows: list[Json]) -> list[dict[str, Any]]:
 
 
 def _caption(rows: list[dict[str, Any]], name: str) -> str:
-    metric = next((row["metric"] for row in rows if row["metric"] in _DRAWN), "psnr_db")
-    return f"{_DRAWN[metric]} with 95 % intervals: {name}"
+    return f"{_metric(rows)} with 95 % intervals: {name}"
 
 
-def _curves(rows: list[dict[str, Any]], name: str) -> Markup | None:
+def _metric(rows: list[dict[str, Any]]) -> str:
+    """What the chart of a table shows."""
+    return _DRAWN[next((row["metric"] for row in rows if row["metric"] in _DRAWN), "psnr_db")]
+
+
+def _curves(rows: list[dict[str, Any]], name: str, positions_are: str, top: float) -> Markup | None:
     """The figure of a table whose rows are points of curves, if they are."""
     points = [row for row in rows if row.get("curve")]
     positions = list(dict.fromkeys(row["curve"][1] for row in points))
@@ -83,4 +102,5 @@ def _curves(rows: list[dict[str, Any]], name: str) -> Markup | None:
         found[positions.index(position)] = (ours["value"], ours["low"], ours["high"])
     if not points:
         return None
-    return charts.curves(positions, lines, name=_caption(points, name))
+    axis = f"{positions_are}; {_metric(points)} (dB)"
+    return charts.curves(positions, lines, name=_caption(points, name), axis=axis, top=top)

@@ -154,6 +154,7 @@ class Reproduction(ABC):
         link: to the paper.
         method: what is done, for the reader of the report.
         deviations: where this differs from the paper.
+        positions: what the positions of curves are, for charts.
     """
 
     id: ClassVar[str]
@@ -162,6 +163,7 @@ class Reproduction(ABC):
     link: ClassVar[str]
     method: ClassVar[str]
     deviations: ClassVar[tuple[str, ...]]
+    positions: ClassVar[str] = "training steps"
 
     @abstractmethod
     def plan(self, request: Request) -> list[Cell]:

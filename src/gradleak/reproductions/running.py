@@ -138,6 +138,7 @@ def reproduce(
             "seed": request.seed,
             "method": reproduction.method,
             "deviations": list(reproduction.deviations),
+            "positions": reproduction.positions,
             "command": _command(reproduction, request),
             "environment": environment("cpu"),
             "cpu_seconds": sum(record["cpu_seconds"] for record in records.values()),

@@ -88,11 +88,20 @@ def _one(
     moving = {k: v for k, v in now.items() if not free or k in free}
     held = {k: v for k, v in now.items() if k not in moving}
     alone = replace(objective, targets=(target,), engine="loop", progress=lambda share: None)
-    tolerance = [solved] * (target + 1)
+    tolerance, inner = [solved] * (target + 1), objective.unknown
     best: Search | None = None
     for number in range(rounds):
         jacobian = _sketched(objective, moving, held, target, weights)
-        units = _Units(alone.unknown, moving, held, _whitening(jacobian))
+        units = _Units(
+            inner.spec,
+            inner.batch_size,
+            inner.labels,
+            inner.dtype,
+            inner=inner,
+            origin=moving,
+            held=held,
+            whitening=_whitening(jacobian),
+        )
         count = jacobian.shape[0]
         at = {"units": jacobian.new_zeros(1, count, dtype=objective.fit.dtype)}
         found = lbfgs(replace(alone, unknown=units), at, steps=steps, solved=tolerance)
@@ -185,15 +194,6 @@ class _Units(Unknown):
     origin: Variables
     held: Variables
     whitening: Tensor
-
-    def __init__(
-        self, inner: Unknown, origin: Variables, held: Variables, whitening: Tensor
-    ) -> None:
-        super().__init__(inner.spec, inner.batch_size, inner.labels, inner.dtype)
-        for name, value in (
-            ("inner", inner), ("origin", origin), ("held", held), ("whitening", whitening),
-        ):  # fmt: skip
-            object.__setattr__(self, name, value)
 
     def moved(self, units: Tensor) -> Variables:
         """The variables at `units`."""
