@@ -29,6 +29,8 @@ def test_what_is_left_behind_is_noticed(elsewhere: None) -> None:
     assert (there.cpu() + torch.ones(3)).device.type == "cpu"
     with pytest.raises(RuntimeError, match="left on the CPU"):
         there + torch.ones(3)
+    with pytest.raises(RuntimeError, match="to draw elsewhere"):
+        there.normal_(generator=stream(0))
 
 
 @pytest.mark.parametrize("size", [1, 3])

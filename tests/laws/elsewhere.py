@@ -1,7 +1,7 @@
 """A device that is not the CPU, on machines that have none.
 
 Tensors here compute on the CPU and say that they lie on `ELSEWHERE`. What meets one of them
-without being moved there raises, as on a GPU.
+without being moved there raises, as on a GPU, and so does a generator of the CPU that is to draw.
 """
 
 from __future__ import annotations
@@ -114,6 +114,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = kwargs | {"device": torch.device("cpu")}
     elif name == "aten::copy_":
         moved = isinstance(args[0], Moved)
+    if moved and any(isinstance(x, torch.Generator) for x in (*args, *kwargs.values())):
+        raise RuntimeError(f"{name}: a generator of the CPU was to draw elsewhere")
     out = func(*_each(_held, args), **{k: _each(_held, v) for k, v in kwargs.items()})
     if given and out is _held(given[0]):  # in place
         first = given[0]
