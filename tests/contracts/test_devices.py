@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import gradleak as gl
+from gradleak import auditing
 from gradleak.attacks import ATTACKS, attack_all
 from gradleak.attacks.parts.objective import Engine
+from gradleak.run import jobs
 from tests.contracts.test_attacks import ONE_EXAMPLE, attack_of, digit
 from tests.laws.elsewhere import ELSEWHERE, Elsewhere, moved
 from tests.laws.small import stream
@@ -57,3 +62,25 @@ def test_every_engine_runs_where_the_network_is(engine: Engine) -> None:
     (here,) = attack_all(attack, [seen], seed=0, engine=engine)
     assert there.engine == here.engine == engine
     assert torch.allclose(found, here.batch.inputs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"model": "lenet-tiny", "attacks": ["posterior:steps=5"], "prior": "gaussian",
+         "defenses": ["gaussian-noise:std=0.01"], "bounds": True},
+        {"model": "lenet-tiny", "attacks": ["fedavg-leakage:steps=2"], "batch_size": 2,
+         "mechanism": "fedavg:steps=2"},
+        {"model": "mlp", "attacks": ["trap-weights"], "server": "malicious", "batch_size": 2},
+    ],
+    ids=["bounds", "fedavg", "malicious"],
+)  # fmt: skip
+def test_an_audit_runs_on_the_device_it_is_given(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (jobs, auditing):
+        monkeypatch.setattr(module, "device_of", lambda _: str(ELSEWHERE))
+    with Elsewhere():
+        found = gl.audit(data="digits", targets=2, workers=0, out=tmp_path / "out", **asked)
+    assert {f["state"] for f in found.findings} == {"measured"}
+    assert "Error" not in (tmp_path / "out" / "trials.jsonl").read_text()

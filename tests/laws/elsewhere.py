@@ -78,11 +78,15 @@ class Elsewhere(TorchDispatchMode):
     def __enter__(self) -> Self:
         self.tensors = _Tensors()
         self.tensors.__enter__()
+        # Parameters of modules that are moved stay the objects that optimisers hold.
+        self.swaps = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(True)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        torch.__future__.set_swap_module_params_on_conversion(self.swaps)
         self.tensors.__exit__(*error)
 
     def __torch_dispatch__(
@@ -147,7 +151,7 @@ def _index(value: Any) -> Any:
     """An index whose lists are tensors, of the CPU."""
     if isinstance(value, tuple):
         return tuple(_index(v) for v in value)
-    return torch.tensor(value) if isinstance(value, list) else value
+    return torch.tensor(value, dtype=None if value else int) if isinstance(value, list) else value
 
 
 def _held(value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from gradleak.errors import InvalidInput
 from gradleak.priors import Generator, Manifold, Network
 from gradleak.priors.network import Trainable, fingerprints, train
 from gradleak.types import Batch, DataSpec
+from tests.laws.elsewhere import ELSEWHERE, Elsewhere
 from tests.laws.small import SMALL_PRIORS, SPEC, stream
 from tests.priors.test_laws import examples
 
@@ -56,12 +58,14 @@ def test_a_training_that_is_killed_ends_where_an_unbroken_one_does(
     assert priors.digest(damaged) == priors.digest(resumed)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device", [ELSEWHERE, torch.device("cuda")], ids=str)
 @pytest.mark.parametrize("name", SMALL_PRIORS)
 def test_a_training_goes_on_with_another_device(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Begun on CUDA and ended on the CPU: what the CPU finds, but for rounding."""
+    """Begun elsewhere and ended on the CPU: what the CPU finds, but for rounding."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     monkeypatch.setattr("gradleak.priors.network._SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     steps = family(name).steps
 
@@ -70,8 +74,8 @@ def test_a_training_goes_on_with_another_device(
             raise KeyboardInterrupt
 
     kept = {"seed": 0, "checkpoint": tmp_path / "training"}
-    with pytest.raises(KeyboardInterrupt):
-        train(family(name), PUBLIC, SPEC, **kept, progress=killed, device="cuda")
+    with pytest.raises(KeyboardInterrupt), Elsewhere() if device == ELSEWHERE else nullcontext():
+        train(family(name), PUBLIC, SPEC, **kept, progress=killed, device=device)
     found, want = train(family(name), PUBLIC, SPEC, **kept).weights, trained(name).weights
     for key, value in want.items():
         torch.testing.assert_close(found[key], value, atol=1e-3, rtol=1e-3)

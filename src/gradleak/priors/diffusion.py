@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -267,7 +268,7 @@ class _Denoising(Training):
         network, optimiser = self.modules["network"], self.optimisers["network"]
         half = family.precision == "bfloat16"
         noised = schedule.noised(clean, noise, times)
-        with torch.autocast(clean.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(clean.device.type, torch.bfloat16) if half else nullcontext():
             output = network(noised, times, told)
         loss = F.mse_loss(output.float(), schedule.target(clean, noise, times))
         for group in optimiser.param_groups:
