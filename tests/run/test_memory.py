@@ -10,10 +10,12 @@ from torch import nn
 
 from gradleak import models
 from gradleak.attacks import DLG, InvertingGradients, LinearLayer
+from gradleak.attacks.parts.gauss_newton import model_bytes
+from gradleak.attacks.recipes.gidm_plus import GIDMPlus
 from gradleak.cli import run
 from gradleak.defenses import TopK
 from gradleak.errors import InvalidInput
-from gradleak.mechanisms import FedAvg, FedSGD
+from gradleak.mechanisms import Denoising, FedAvg, FedSGD
 from gradleak.run import memory
 from gradleak.run.memory import Need, arranged, needed
 from gradleak.types import Attack, DataSpec, Mechanism, ModelState
@@ -45,6 +47,20 @@ def test_more_of_anything_needs_more() -> None:
     single = need(InvertingGradients(), FedSGD())
     assert single.step == (least.step or 0) // 2  # float32 against float64
     assert need(LinearLayer(), FedSGD()).at(1) < single.at(1)
+
+
+def test_what_a_search_holds_beside_its_steps_counts() -> None:
+    """A Gauss–Newton model of image and noise, where it is small enough to be made."""
+    small = DataSpec.image((1, 28, 28), 10)
+
+    def fixed(attack: GIDMPlus, spec: DataSpec) -> int:
+        state = ModelState.of(models.build("unet", spec, seed=0))
+        return needed(attack, Denoising(), state, spec, batch_size=1, targets=1).fixed
+
+    model = model_bytes(2 * 784)
+    assert fixed(GIDMPlus(), small) - fixed(GIDMPlus(models=0), small) == model > 2e8
+    assert fixed(GIDMPlus(), CIFAR) > fixed(GIDMPlus(models=0), CIFAR)  # of granted noise
+    assert model_bytes(2 * 3 * 32 * 32) == 0
 
 
 def test_a_network_that_looks_at_its_numbers_is_not_foretold() -> None:

@@ -40,6 +40,10 @@ class Recipe(ABC):
     crowd: ClassVar[int] = 1
     """Candidates of every example that a step holds at most."""
 
+    def beside(self, coordinates: int) -> int:
+        """Bytes that a search for batches of so many coordinates holds beside its steps."""
+        return 0
+
     steps: int
     restarts: int
     halving: bool = False

@@ -89,6 +89,7 @@ def needed(
     updates = (targets + 3) * parameters * (4 * rounds + width)
     beside = min(trials * parameters, KEPT_COORDINATES) * width if trials > 1 else 0
     fixed = _BASE + data + updates + beside + trials * copies * variables * width
+    fixed += search.beside(batch_size * torch.Size(spec.shape).numel()) if search else 0
     held = batch_size * (search.crowd if search else 1)
     step = _step(cast(Hashable, undefended(client)), state.model, spec, held, search is not None)
     return Need(fixed, None if step is None else step * width // 4, trials)

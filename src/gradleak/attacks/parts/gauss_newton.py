@@ -30,13 +30,18 @@ _SHIFT = 3e-3
 """Step of the finite differences, in units of the variables; the model is no more than a model."""
 _DAMPING = 1e-7
 """Added to the model's diagonal, as a share of its largest eigenvalue."""
-_AT_ONCE = 64
+_AT_ONCE = 16
 _WORTH = 100.0
 MOST = 4000
 """Unknowns up to which a model is worth its time."""
 
 Weights = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """Received update → weight of every compared tensor in the squared distance."""
+
+
+def model_bytes(unknowns: int) -> int:
+    """Bytes of a model of so many unknowns: the sketch in both precisions, and three squares."""
+    return unknowns**2 * (_ROWS * (4 + 8) + 3 * 8) if unknowns <= MOST else 0
 
 
 def gauss_newton(

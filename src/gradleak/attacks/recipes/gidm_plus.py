@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradleak.attacks.closed_form.timesteps import recovered_times, time_inputs
 from gradleak.attacks.parts.distances import relative_squares, relative_weights
-from gradleak.attacks.parts.gauss_newton import MOST, gauss_newton
+from gradleak.attacks.parts.gauss_newton import MOST, gauss_newton, model_bytes
 from gradleak.attacks.parts.known_noise import part
 from gradleak.attacks.parts.lbfgs import lbfgs
 from gradleak.attacks.parts.lifting import Lifted, lift, liftable
@@ -106,6 +106,9 @@ class GIDMPlus(Recipe):
     @property
     def crowd(self) -> int:  # type: ignore[override]
         return max(1, self.candidates)
+
+    def beside(self, coordinates: int) -> int:
+        return max(map(model_bytes, (coordinates, 2 * coordinates))) if self.models else 0
 
     def __post_init__(self) -> None:
         if self.times not in ("closed-form", "relaxed"):
