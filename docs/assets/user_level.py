@@ -72,6 +72,7 @@ class Case:
 def main(case: str, defense: str, scratch: Path, picture: Path | None) -> None:
     """Print a line per way of making claims; save a picture of some."""
     torch.set_num_threads(1)
+    scratch.mkdir(parents=True, exist_ok=True)
     {"faces": faces, "digits": digits}[case](defense, scratch, picture)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 import gradleak as gl
 from gradleak import priors
 from gradleak.attacks.parts.distances import relative_squares, squared_l2
+from gradleak.attacks.parts.lifting import Lifted, lift
 from gradleak.attacks.recipes.gidm_plus import GIDMPlus, WithDraws, denoised
 from gradleak.denoising import Schedule, UNet
 from gradleak.errors import InvalidInput, NotApplicable
@@ -168,3 +171,23 @@ def test_weighted_squares_are_one_at_zero_and_plain_without_balance() -> None:
 def test_relaxed_times_run_one_by_one_whoever_asks() -> None:
     seen, _ = played(Denoising(timestep=300))
     assert GIDMPlus(times="relaxed", restarts=2).settle_engine([seen]) == "loop"
+
+
+def test_stuck_candidates_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until one attempt is not stuck, or there are no more; the best of all goes on."""
+    seen, _ = played(Denoising(timestep=30))
+    made: list[Lifted] = []
+
+    def lifted(values: list[float], *given: Any, **named: Any) -> Lifted:
+        value = values[len(made)]
+        made.append(replace(lift(*given, **named), value=value, stuck=value > 1))
+        return made[-1]
+
+    for values, count in (([0.5], 1), ([3.0, 0.5], 2), ([4.0, 2.0, 3.0], 3)):
+        made.clear()
+        monkeypatch.setattr("gradleak.attacks.recipes.gidm_plus.lift", partial(lifted, values))
+        attack = GIDMPlus(steps=2, models=0, candidates=2, lifting=2, attempts=3)
+        claim = attack(seen, generator=stream(1))
+        assert len(made) == count
+        assert not any(torch.equal(a.images, b.images) for a, b in pairwise(made))
+        assert claim.evaluations > sum(m.evaluations for m in made)

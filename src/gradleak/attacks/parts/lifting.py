@@ -63,6 +63,8 @@ class Lifted:
         noise: (b, *shape).
         times: (b,) int64.
         value: objective of these alone.
+        stuck: whether these alone leave more than a share of the update unexplained that only
+            another basin does.
         evaluations: gradients taken, of all candidates together or of a few alone.
     """
 
@@ -70,6 +72,7 @@ class Lifted:
     noise: Tensor
     times: Tensor
     value: float
+    stuck: bool
     evaluations: int
 
 
@@ -152,12 +155,14 @@ def lift(
     assert isinstance(best, Candidates)
     ended = lbfgs(trials.best, trials.found.variables, steps=alone, solved=[_ROUNDING])
     clean, drawn = best.drawn(ended.variables)
+    value = float(ended.values[0])
     low, high = best.bounds
     return Lifted(
         images=low + (clean + 1) * ((high - low) / 2),
         noise=drawn,
         times=best.times,
-        value=float(ended.values[0]),
+        value=value,
+        stuck=not value <= _SETTLED + FORGIVEN * floor,
         evaluations=found.evaluations[0] + trials.evaluations + ended.evaluations[0],
     )
 

@@ -60,6 +60,7 @@ class GIDMPlus(Recipe):
             visits of an image, and granted noise have, too.
         lifting: steps of L-BFGS on all candidates at most; the first that explains the update alone
             ends them.
+        attempts: times that candidates begin anew, at most, while none explains the update alone.
         lifted_balance: β of these.
         times: how t is found where it is not granted.
         order: x and ε (and t) together, or x, then t, then ε in turns, as published.
@@ -73,6 +74,7 @@ class GIDMPlus(Recipe):
     restarts: int = 1
     candidates: int = 16
     lifting: int = 800
+    attempts: int = 2
     lifted_balance: float = 0.5
     times: Literal["closed-form", "relaxed"] = "closed-form"
     order: Literal["joint", "alternate"] = "joint"
@@ -99,8 +101,8 @@ class GIDMPlus(Recipe):
         ),
     )
     budgets: ClassVar = {
-        "quick": {"steps": 500, "lifting": 400},
-        "thorough": {"steps": 4000, "lifting": 3000, "candidates": 32},
+        "quick": {"steps": 500, "lifting": 400, "attempts": 1},
+        "thorough": {"steps": 4000, "lifting": 3000, "candidates": 32, "attempts": 4},
     }
 
     @property
@@ -117,10 +119,10 @@ class GIDMPlus(Recipe):
             raise InvalidInput(f"order={self.order}: expected joint or alternate")
         if not 0 <= self.rough <= 1:
             raise InvalidInput(f"rough={self.rough}: expected a share in [0, 1]")
-        if min(self.denoised, self.candidates) < 0 or self.lifting < 1:
+        if min(self.denoised, self.candidates) < 0 or min(self.lifting, self.attempts) < 1:
             raise InvalidInput(
-                f"denoised={self.denoised}, candidates={self.candidates}, lifting={self.lifting}: "
-                "expected at least 0, 0 and 1"
+                f"denoised={self.denoised}, candidates={self.candidates}, lifting={self.lifting}, "
+                f"attempts={self.attempts}: expected at least 0, 0, 1 and 1"
             )
 
     @property
@@ -197,7 +199,7 @@ class GIDMPlus(Recipe):
         spent = []
         for trial, target in enumerate(objective.targets):
             low, high = (_LIFTING * i / len(objective.targets) for i in (trial, trial + 1))
-            found = self._lifted(part(objective, low, high), target, trial, start["times"][trial])
+            found = self._begun(part(objective, low, high), target, trial, start["times"][trial])
             for name, value in (
                 ("inputs", found.images),
                 ("noise", found.noise[:, None]),
@@ -211,10 +213,27 @@ class GIDMPlus(Recipe):
             led, evaluations=[a + b for a, b in zip(led.evaluations, spent, strict=True)]
         )
 
-    def _lifted(self, objective: Objective, target: int, trial: int, times: Tensor) -> Lifted:
-        """Where one trial's search begins, by many candidates."""
+    def _begun(self, objective: Objective, target: int, trial: int, times: Tensor) -> Lifted:
+        """Where one trial's search begins: the best attempt, the first that is not stuck."""
+        found: Lifted | None = None
+        for attempt in range(self.attempts):
+            name = f"candidates/{trial}" + (f"/{attempt}" if attempt else "")
+            share = ((attempt + i) / self.attempts for i in (0, 1))
+            again = self._lifted(part(objective, *share), target, name, times)
+            if found is not None:
+                again = replace(again, evaluations=found.evaluations + again.evaluations)
+                if found.value <= again.value:
+                    again = replace(found, evaluations=again.evaluations)
+            found = again
+            if not found.stuck:
+                break
+        assert found is not None
+        return found
+
+    def _lifted(self, objective: Objective, target: int, name: str, times: Tensor) -> Lifted:
+        """Where one trial's search begins, by many candidates, drawn from the stream so named."""
         unknown, seen = objective.unknown, objective.fit.seen[target]
-        stream = child(objective.streams[target], f"candidates/{trial}")
+        stream = child(objective.streams[target], name)
         count = unknown.batch_size * self.candidates
         prior = seen.knowledge.prior
         low, high = unknown.spec.bounds
