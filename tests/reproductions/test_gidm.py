@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -65,6 +67,30 @@ def test_victims_were_seen_by_neither_network() -> None:
         known = priors.load(priors.TRAINED[network])
         assert isinstance(known, priors.Denoiser)
         assert not known.seen(inputs).any()
+
+
+def test_a_prior_that_does_not_come_along_is_trained_on_public_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(gidm._FITTED, "digits", "diffusion:steps=4,width=8,timesteps=20")
+    name, dataset = available("digits", None)
+    prior, target = gidm._networks(name, dataset)
+    assert prior is target
+    inputs = dataset.batch(gidm._victims(dataset, name, 0)).inputs
+    assert len(inputs) >= 64
+    assert not prior.seen(inputs).any()
+
+
+def test_faces_are_attacked_where_they_lie() -> None:
+    def names(data_dir: str | None) -> set[str]:
+        plan = Gidm().plan(Request(budget="full", data_dir=data_dir))
+        return {cell.content["data"] for cell in plan}
+
+    assert "olivetti" not in names(None) or "GRADLEAK_DATA" in os.environ
+    found = os.environ.get("GRADLEAK_DATA")
+    if not found:
+        pytest.skip("needs $GRADLEAK_DATA")
+    assert names(found) >= {"mnist", "fashion-mnist", "cifar10", "olivetti"}
 
 
 def test_targets_start_from_the_weights_that_their_name_says() -> None:
