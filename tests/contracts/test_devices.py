@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,16 @@ from tests.laws.small import stream
 FEW = {"steps": 2, "restarts": 1, "target": 5, "latent_steps": 1, "candidates": 2, "lifting": 2}
 
 
-@pytest.fixture
-def elsewhere() -> Iterator[None]:
+def test_what_is_left_behind_is_noticed() -> None:
     with Elsewhere():
-        yield
-
-
-def test_what_is_left_behind_is_noticed(elsewhere: None) -> None:
-    there = torch.ones(3).to(ELSEWHERE)
-    assert there.device == (there * 2).device == ELSEWHERE
-    assert float((there + 1).sum()) == 6
-    assert (there.cpu() + torch.ones(3)).device.type == "cpu"
-    with pytest.raises(RuntimeError, match="left on the CPU"):
-        there + torch.ones(3)
-    with pytest.raises(RuntimeError, match="to draw elsewhere"):
-        there.normal_(generator=stream(0))
+        there = torch.ones(3).to(ELSEWHERE)
+        assert there.device == (there * 2).device == ELSEWHERE
+        assert float((there + 1).sum()) == 6
+        assert (there.cpu() + torch.ones(3)).device.type == "cpu"
+        with pytest.raises(RuntimeError, match="left on the CPU"):
+            there + torch.ones(3)
+        with pytest.raises(RuntimeError, match="to draw elsewhere"):
+            there.normal_(generator=stream(0))
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -40,14 +40,14 @@ class Recipe(ABC):
     crowd: ClassVar[int] = 1
     """Candidates of every example that a step holds at most."""
 
-    def beside(self, coordinates: int) -> int:
-        """Bytes that a search for batches of so many coordinates holds beside its steps."""
-        return 0
-
     steps: int
     restarts: int
     halving: bool = False
     """Whether restarts are dropped on the way; a recipe that can makes this a field."""
+
+    def beside(self, coordinates: int) -> int:
+        """Bytes that a search for batches of so many coordinates holds beside its steps."""
+        return 0
 
     @property
     def cuts(self) -> tuple[float, ...]:
@@ -111,7 +111,7 @@ class Recipe(ABC):
             limit=limit,
             streams=tuple(generators),
         )
-        start = _beside(objective, self.starts(objective, generators))
+        start = _where_it_runs(objective, self.starts(objective, generators))
         objective = self._settled(objective, start, engine)
         return _choose(objective, self.search(objective, start), len(seen))
 
@@ -139,7 +139,7 @@ class Recipe(ABC):
         streams = tuple(torch.Generator().manual_seed(0) for _ in seen)
         targets = tuple(range(len(seen)))
         objective = replace(objective, targets=targets, limit=limit, streams=streams)
-        start = _beside(objective, objective.unknown.encode(claims))
+        start = _where_it_runs(objective, objective.unknown.encode(claims))
         objective = self._settled(objective, start, engine)
         return _choose(objective, self.refine(objective, start), len(seen))
 
@@ -152,7 +152,7 @@ class Recipe(ABC):
         limit = Limit(trials_at_once or sys.maxsize)
         objective = replace(objective, targets=targets, limit=limit)
         stream = torch.Generator().manual_seed(0)
-        start = _beside(objective, self.starts(objective, [stream] * len(seen)))
+        start = _where_it_runs(objective, self.starts(objective, [stream] * len(seen)))
         return self._settled(objective, start, "auto").engine
 
     def _settled(self, objective: Objective, start: Variables, engine: Engine) -> Objective:
@@ -170,7 +170,7 @@ class Recipe(ABC):
         return replace(self.composed([seen]), penalties=()).at
 
 
-def _beside(objective: Objective, start: Variables) -> Variables:
+def _where_it_runs(objective: Objective, start: Variables) -> Variables:
     """Starts, drawn on the CPU whatever the device, where the network is."""
     return {k: v.to(objective.fit.device) for k, v in start.items()}
 

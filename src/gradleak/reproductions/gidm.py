@@ -32,8 +32,7 @@ _GROUP = 4
 _SHOWN = 6
 """Claims of a line that the page shows."""
 _EARLY = "diffusion:steps=100,width=16,conditional=no"
-_FACES = "diffusion:steps=500,batch_size=32,width=16,conditional=no,averaging=0.99"
-_FITTED = {"olivetti": _FACES}
+_FITTED = {"olivetti": "diffusion:steps=500,batch_size=32,width=16,conditional=no,averaging=0.99"}
 """Priors that are trained when they are needed: no weights of faces come with the package."""
 TARGETS = ("random", "early", "trained")
 

@@ -215,20 +215,15 @@ class GIDMPlus(Recipe):
 
     def _begun(self, objective: Objective, target: int, trial: int, times: Tensor) -> Lifted:
         """Where one trial's search begins: the best attempt, the first that is not stuck."""
-        found: Lifted | None = None
+        tried: list[Lifted] = []
         for attempt in range(self.attempts):
             name = f"candidates/{trial}" + (f"/{attempt}" if attempt else "")
             share = ((attempt + i) / self.attempts for i in (0, 1))
-            again = self._lifted(part(objective, *share), target, name, times)
-            if found is not None:
-                again = replace(again, evaluations=found.evaluations + again.evaluations)
-                if found.value <= again.value:
-                    again = replace(found, evaluations=again.evaluations)
-            found = again
-            if not found.stuck:
+            tried.append(self._lifted(part(objective, *share), target, name, times))
+            if not tried[-1].stuck:
                 break
-        assert found is not None
-        return found
+        best = min(tried, key=lambda found: found.value)
+        return replace(best, evaluations=sum(found.evaluations for found in tried))
 
     def _lifted(self, objective: Objective, target: int, name: str, times: Tensor) -> Lifted:
         """Where one trial's search begins, by many candidates, drawn from the stream so named."""
